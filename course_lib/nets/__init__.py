@@ -1,0 +1,1 @@
+"""Networks: whatever has weights, and nothing else."""

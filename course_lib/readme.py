@@ -1,0 +1,80 @@
+"""The parts of the README that code writes: the picture and the tables, so that they stay true."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from course_lib import catalog, zoo
+from course_lib.grading.items import items_of, set_names
+from course_lib.grading.paths import CourseError, root, sources
+
+PICTURE = "lectures/cover.png"
+
+
+def lectures() -> str:
+    """A table of the lectures that exist, with their times and exercises."""
+    rows = ["| lecture | about | minutes | exercises |", "|---|---|---|---|"]
+    for number, path in sources("lectures").items():
+        text = path.read_text()
+        title = re.search(rf"^# # {number} (.+)$", text, re.M)
+        about = re.search(r"^# \*\*(.+?)\.?\*\*", text, re.M)
+        minutes = re.search(r"Time: (\d+) minutes", text)
+        if not (title and about and minutes):
+            raise CourseError(f"{path.name} must say '# {number} Title', a bold line about it, and 'Time: N minutes'")
+        items = items_of(number).values() if number in set_names() else []
+        work = (
+            f"{len(items)} items, {sum(i.points for i in items)} points, {sum(i.minutes for i in items)} minutes" if items else ""
+        )
+        rows.append(f"| [{number} {title[1]}](lectures/{path.stem}.ipynb) | {about[1]} | {minutes[1]} | {work} |")
+    return "\n".join(rows)
+
+
+def models() -> str:
+    """A table of the embedded models, from their cards."""
+    rows = ["| model | parameters | file | trained in | on | measured |", "|---|---|---|---|---|---|"]
+    for name in zoo.names():
+        card = zoo.card(name)
+        metrics = card["metrics"]
+        if "accuracy_held_out" in metrics:
+            said = f"{metrics['accuracy_held_out']:.1%} of held-out digits read"
+        else:
+            quality = metrics["quality_at_guidance_1"]
+            read = min(metrics["class_read_as_asked"].values())
+            said = f"class read as asked {read:.1%}, precision {quality['precision']:.2f}, recall {quality['recall']:.2f}"
+        size = f"{card['parameters']:,} | {card['bytes'] / 1e6:.2f} MB"
+        rows.append(f"| `{name}` | {size} | {card['seconds']} s | {card['hardware']} | {said} |")
+    return "\n".join(rows)
+
+
+def systems() -> str:
+    """A table of the catalog."""
+    rows = ["| lecture | method | paper | measured |", "|---|---|---|---|"]
+    for s in catalog.systems():
+        paper = f"[{s.authors} {s.year}](https://arxiv.org/abs/{s.arxiv})" if s.arxiv else f"{s.authors} {s.year}"
+        rows.append(f"| {s.lecture} | {s.name} | {paper} | {s.measured} |")
+    return "\n".join(rows)
+
+
+PARTS = {"lectures": lectures, "models": models, "catalog": systems}
+
+
+def render(text: str) -> str:
+    """The README with its generated parts written anew; CourseError where a part has lost its markers."""
+    for name, part in PARTS.items():
+        pattern = re.compile(rf"(<!-- begin {name} -->\n).*?(\n<!-- end {name} -->)", re.S)
+        if not pattern.search(text):
+            raise CourseError(f"README.md has no markers '<!-- begin {name} -->' and '<!-- end {name} -->'")
+        text = pattern.sub(lambda match, part=part: match[1] + part() + match[2], text)
+    return text
+
+
+def write(base: Path | None = None) -> None:
+    """Write the README's tables and its picture."""
+    from course_lib.study.cover import draw
+    from course_lib.training import write_atomically
+
+    base = base or root()
+    fresh = render((base / "README.md").read_text())
+    write_atomically(base / "README.md", lambda path: path.write_text(fresh))
+    draw(base / PICTURE)

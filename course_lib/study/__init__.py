@@ -1,0 +1,27 @@
+"""Plots, pictures and explorers for the lectures; the only part of the library that imports matplotlib and ipywidgets."""
+
+from course_lib.study.explorer import Explorer
+from course_lib.study.explorers import ReverseExplorer, ScheduleExplorer
+from course_lib.study.pictures import animate, canvas, grid, png, render, strip, tile
+from course_lib.study.points import density, field, plane, scatter
+from course_lib.study.style import COLOURS, DENSITY, use
+
+__all__ = [
+    "COLOURS",
+    "DENSITY",
+    "Explorer",
+    "ReverseExplorer",
+    "ScheduleExplorer",
+    "animate",
+    "canvas",
+    "density",
+    "field",
+    "grid",
+    "plane",
+    "png",
+    "render",
+    "scatter",
+    "strip",
+    "tile",
+    "use",
+]

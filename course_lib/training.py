@@ -1,0 +1,222 @@
+"""Training: one loss, one loop.
+
+Every published loss is the denoising loss under a weight lambda(sigma):
+L = E lambda(sigma) |D(x0 + sigma eps, sigma) - x0|^2 / d.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from course_lib.devices import autocast, channels_last, generator, pick_device
+from course_lib.types import Denoiser, right
+
+Rows = tuple[Tensor, ...]
+
+WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "x0": lambda s: torch.ones_like(s),
+    "eps": lambda s: s**-2,
+    "v": lambda s: (1 + s**2) / s**2,
+    "flow": lambda s: (1 + s) ** 2 / s**2,
+}
+"""lambda(sigma) that turns the denoising loss into the mean squared error of x0, eps, v or the flow's velocity."""
+
+
+def edm_weight(sigma_data: float) -> Callable[[Tensor], Tensor]:
+    """lambda = (sigma^2 + sd^2) / (sigma sd)^2: unit loss at every sigma at the start (Karras et al. 2022, Tab. 1)."""
+    return lambda s: (s**2 + sigma_data**2) / (s * sigma_data) ** 2
+
+
+def denoising_loss(
+    D: Denoiser, x0: Tensor, sigma: Tensor, eps: Tensor, weight: str | Callable[[Tensor], Tensor] = "eps"
+) -> Tensor:
+    """lambda(sigma) |D(x0 + sigma eps, sigma) - x0|^2 / d for each sample, (B,).
+
+    x0 and eps (B, ...), sigma (B,) > 0. `weight` is 'x0', 'eps', 'v', 'flow' or a function of sigma;
+    'eps' gives DDPM's L_simple (Ho et al. 2020, Eq. 14). Raises ValueError for another name or sigma <= 0.
+    """
+    if isinstance(weight, str):
+        if weight not in WEIGHTS:
+            raise ValueError(f"weight = {weight!r}; expected one of {', '.join(WEIGHTS)} or a function of sigma")
+        weight = WEIGHTS[weight]
+    if not bool((sigma > 0).all()):
+        raise ValueError(f"sigma has the value {float(sigma.min()):.6g}; expected sigma > 0 in training")
+    x = x0 + right(sigma, x0) * eps
+    error = (D(x, sigma) - x0).float().square().flatten(1).mean(1)
+    return weight(sigma).to(error) * error
+
+
+def lognormal_sigmas(n: int, mean: float, std: float, generator: torch.Generator) -> Tensor:
+    """ln sigma ~ N(mean, std^2), (n,) (Karras et al. 2022, Tab. 1, where mean = -1.2 and std = 1.2)."""
+    return (mean + std * torch.randn(n, generator=generator)).exp()
+
+
+class EMA:
+    """An exponential moving average of the weights: the model that samples.
+
+    w_ema <- d w_ema + (1 - d) w, with d = min(decay, (1 + k) / (10 + k)) at update k, so that the random
+    start is soon forgotten.
+    """
+
+    def __init__(self, net: nn.Module, decay: float = 0.999):
+        self.net = copy.deepcopy(net).eval().requires_grad_(False)
+        self.decay = decay
+
+    @torch.no_grad()
+    def update(self, net: nn.Module, k: int) -> None:
+        """Take in the weights of `net` after its k-th update."""
+        d = min(self.decay, (1 + k) / (10 + k))
+        for average, current in zip(self.net.parameters(), net.parameters(), strict=True):
+            average.lerp_(current.to(average), 1 - d)
+        for average, current in zip(self.net.buffers(), net.buffers(), strict=True):
+            average.copy_(current)
+
+
+@dataclass
+class Fit:
+    """What training returns: the averaged network, in evaluation mode, the loss of each step, and the time that they took."""
+
+    net: nn.Module
+    losses: list[float]
+    seconds: float
+
+
+def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
+    """Linear from 0 to `peak` over `warmup` steps, then half a cosine down to 0 at `steps`."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak / 2 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def fit(
+    net: nn.Module,
+    draw: Callable[[torch.Generator], Rows],
+    loss: Callable[..., Tensor],
+    *,
+    steps: int,
+    lr: float = 1e-3,
+    warmup: int = 100,
+    weight_decay: float = 0.0,
+    clip: float = 1.0,
+    ema_decay: float = 0.999,
+    seed: int = 0,
+    half: bool = True,
+    device: str | None = None,
+    checkpoint: Path | str | None = None,
+    save_every: int = 500,
+    stop_at: int | None = None,
+    on_step: Callable[[int, nn.Module], None] = lambda step, ema: None,
+    progress: bool = True,
+) -> Fit:
+    """Minimise `loss(net, *rows).mean()` over the batches that `draw(generator)` returns.
+
+    draw    returns tensors with one row per sample; its generator is a function of (seed, step) alone, so
+            that a resumed run is the same run, bit for bit, and several processes share one batch
+    loss    returns one number per sample, (B,)
+    steps   length of the whole run, which fixes the learning rate; `stop_at` ends this call earlier
+    half    bfloat16 where the hardware has it, and channels-last
+    checkpoint  file to resume from and to save to, every `save_every` steps and at the end
+    on_step called with the step's number (from 1) and the averaged network
+
+    AdamW, warm-up and cosine decay, clipped gradients, EMA; runs on one device, or on several through
+    `accelerate launch`. Raises FloatingPointError where the loss is not finite; the last checkpoint stays.
+    """
+    from accelerate import Accelerator
+
+    where = pick_device(device)
+    accelerator = Accelerator(cpu=where.type == "cpu")
+    where = accelerator.device
+    net = channels_last(net, where) if half else net.to(where)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay)
+    ema, losses, first, spent = EMA(net, ema_decay), [], 0, 0.0
+    checkpoint = Path(checkpoint) if checkpoint is not None else None
+    if checkpoint is not None and checkpoint.exists():
+        state = torch.load(checkpoint, map_location=where, weights_only=True)
+        if state["steps"] != steps or state["seed"] != seed:
+            raise ValueError(
+                f"checkpoint = {checkpoint} belongs to a run of {state['steps']} steps with seed {state['seed']}; "
+                f"expected {steps} steps with seed {seed}: delete it, or ask for the same run"
+            )
+        net.load_state_dict(state["net"])
+        ema.net.load_state_dict(state["ema"])
+        optimizer.load_state_dict(state["optimizer"])
+        losses, first, spent = state["losses"], state["step"], state["seconds"]
+    begun = time.perf_counter() - spent
+
+    def save(step: int) -> None:
+        if checkpoint is not None and accelerator.is_main_process:
+            plain = accelerator.unwrap_model(wrapped)
+            state = {"step": step, "steps": steps, "seed": seed, "losses": losses, "seconds": time.perf_counter() - begun}
+            state |= {"net": plain.state_dict(), "ema": ema.net.state_dict(), "optimizer": optimizer.state_dict()}
+            write_atomically(checkpoint, lambda path: torch.save(state, path))
+
+    wrapped, optimizer = accelerator.prepare(net, optimizer)
+    wrapped.train()
+    warmup = min(warmup, steps // 10)
+    rank, world = accelerator.process_index, accelerator.num_processes
+    cuda = [where] if where.type == "cuda" else []
+    last = steps if stop_at is None else min(stop_at, steps)
+    bar = tqdm(range(first, last), initial=first, total=steps, desc="training", unit="step", mininterval=1.0,
+               disable=not (progress and accelerator.is_main_process))  # fmt: skip
+    pending: list[Tensor] = []
+    for step in bar:
+        batch = draw(generator(seed, step))
+        if len(batch[0]) % world:
+            raise ValueError(f"draw returned {len(batch[0])} rows; expected a multiple of {world}, the number of processes")
+        rows = tuple(row[rank::world].to(where, non_blocking=True) for row in batch)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, steps, lr, warmup)
+        with torch.random.fork_rng(cuda):  # dropout too is a function of the step
+            torch.manual_seed(generator(seed, step, rank).initial_seed())
+            with autocast(where, half):
+                value = loss(wrapped, *rows).mean()
+            optimizer.zero_grad(set_to_none=True)
+            accelerator.backward(value)
+        norm = accelerator.clip_grad_norm_(wrapped.parameters(), clip)
+        optimizer.step()
+        ema.update(accelerator.unwrap_model(wrapped), step)
+        pending.append(value.detach() + 0 * norm.detach())  # nan where either is not finite
+        done = step + 1
+        if len(pending) == 25 or done % save_every == 0 or done == last:
+            losses += _finite(accelerator.reduce(torch.stack(pending), "mean"), done)  # the only host sync, every 25 steps
+            pending = []
+            bar.set_postfix(loss=f"{sum(losses[-100:]) / len(losses[-100:]):.4f}")
+        if done % save_every == 0 or done == last:
+            save(done)
+        on_step(done, ema.net)
+    return Fit(ema.net, losses, time.perf_counter() - begun)
+
+
+def _finite(pending: Tensor, done: int) -> list[float]:
+    values = pending.float().tolist()
+    for offset, value in enumerate(values):
+        if not math.isfinite(value):
+            step = done - len(values) + offset + 1
+            raise FloatingPointError(
+                f"the loss is {value} at step {step}; expected a finite number: lower the learning rate, "
+                "clip the gradient, or look for sigma = 0 and data outside [-1, 1]"
+            )
+    return values
+
+
+def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
+    """Call `write` on a temporary file beside `path`, then rename it: an interruption leaves the old file."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

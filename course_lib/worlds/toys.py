@@ -1,0 +1,53 @@
+"""Sets of points in the plane, and mixtures whose every quantity is exact."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from course_lib.gaussians import Mixture
+
+F64 = torch.float64
+
+
+def three_blobs() -> Mixture:
+    """Three anisotropic Gaussians of unequal weight, within about two units of the origin."""
+
+    def cov(angle: float, long: float, short: float) -> Tensor:
+        c, s = math.cos(angle), math.sin(angle)
+        R = torch.tensor([[c, -s], [s, c]], dtype=F64)
+        return R @ torch.diag(torch.tensor([long**2, short**2], dtype=F64)) @ R.T
+
+    means = torch.tensor([[-1.4, 0.2], [1.1, 1.0], [0.7, -1.2]], dtype=F64)
+    covs = torch.stack([cov(0.9, 0.45, 0.15), cov(-0.5, 0.5, 0.2), cov(0.2, 0.6, 0.12)])
+    return Mixture(torch.tensor([0.5, 0.3, 0.2]), means, covs)
+
+
+def ring(components: int = 8, radius: float = 1.5, std: float = 0.15) -> Mixture:
+    """Equal round Gaussians on a circle."""
+    angle = torch.arange(components, dtype=F64) * 2 * math.pi / components
+    return Mixture.isotropic(radius * torch.stack([angle.cos(), angle.sin()], -1), std)
+
+
+def two_peaks(distance: float = 2.0, std: float = 0.3, weight: float = 0.5) -> Mixture:
+    """Two Gaussians on a line, at -distance/2 and +distance/2; one-dimensional."""
+    means = torch.tensor([[-distance / 2], [distance / 2]], dtype=F64)
+    return Mixture.isotropic(means, std, torch.tensor([weight, 1 - weight]))
+
+
+def moons(n: int, generator: torch.Generator | None = None, std: float = 0.08) -> Tensor:
+    """Two interleaved half circles with noise, (n, 2) fp32 within about 1.5 of the origin."""
+    angle = math.pi * torch.rand(n, generator=generator)
+    upper = torch.rand(n, generator=generator) < 0.5
+    x = torch.where(upper, angle.cos(), 1 - angle.cos()) - 0.5
+    y = torch.where(upper, angle.sin(), 0.5 - angle.sin()) - 0.25
+    return torch.stack([x, y], -1) + std * torch.randn(n, 2, generator=generator)
+
+
+def swiss_roll(n: int, generator: torch.Generator | None = None, std: float = 0.02) -> Tensor:
+    """A spiral of one and a half turns with noise, (n, 2) fp32 within [-1, 1]."""
+    angle = 1.5 * math.pi * (1 + 2 * torch.rand(n, generator=generator))
+    spiral = torch.stack([angle.cos(), angle.sin()], -1) * angle[:, None] / (4.5 * math.pi)
+    return spiral + std * torch.randn(n, 2, generator=generator)

@@ -1,0 +1,136 @@
+"""The zoo: models trained by this repository's own recipes, shipped with it, loaded by name.
+
+`zoo.load("digits")` returns a Denoiser, `zoo.load("digits-reader")` a classifier. Weights are half precision
+safetensors beside a card; loading checks the hash. `course train NAME` rebuilds each.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import hashlib
+import importlib
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_bytes
+from safetensors.torch import save as save_bytes
+from torch import nn
+
+from course_lib.devices import channels_last, pick_device
+from course_lib.training import write_atomically
+
+RECIPES = {
+    "digits": "course_lib.zoo.recipes.digits",
+    "digits-reader": "course_lib.zoo.recipes.digits_reader",
+    "digits-reader-2": "course_lib.zoo.recipes.digits_reader",
+}
+HERE = Path(__file__).parent
+WEIGHTS, CARDS = HERE / "weights", HERE / "cards"
+
+
+class ZooError(ValueError):
+    """A model that cannot be loaded; the message says why and what to do."""
+
+
+def names() -> list[str]:
+    """The embedded models."""
+    return list(RECIPES)
+
+
+def recipe(name: str) -> ModuleType:
+    """The module that trains, wraps and judges this model; ZooError for an unknown name, with the nearest."""
+    if name not in RECIPES:
+        near = difflib.get_close_matches(name, RECIPES, n=1)
+        raise ZooError(
+            f"model = {name!r} is not embedded; expected one of {', '.join(RECIPES)}"
+            + (f" (did you mean {near[0]!r}?)" if near else "")
+        )
+    return importlib.import_module(RECIPES[name])
+
+
+def weights_path(name: str, folder: Path = WEIGHTS) -> Path:
+    """Where the weights of `name` lie."""
+    return Path(folder) / f"{name}.safetensors"
+
+
+def card(name: str, folder: Path = CARDS) -> dict[str, Any]:
+    """The model card: data, command, steps, seconds, hardware, metrics, sha256."""
+    recipe(name)
+    path = Path(folder) / f"{name}.json"
+    if not path.exists():
+        raise ZooError(f"model {name!r} has no card at {path}; run `course train {name}`")
+    return json.loads(path.read_text())
+
+
+def available(name: str) -> bool:
+    """Whether `name` can be loaded now, with no network: an embedded model with its weights, or a local folder."""
+    return (name in RECIPES and weights_path(name).exists()) or Path(name).is_dir()
+
+
+def load(name: str, device: str | None = None) -> Any:
+    """Return the trained model of this name, in evaluation mode: a Denoiser, or for readers the network.
+
+    Raises ZooError, in one line, for an unknown name, missing or damaged weights, or a wrong hash.
+    """
+    module = recipe(name)
+    net = read(name).to(pick_device(device))
+    return module.wrap(channels_last(net, pick_device(device)))
+
+
+@functools.lru_cache(maxsize=4)
+def _verified(path: Path, modified: float, expected: str, name: str) -> bytes:
+    data = path.read_bytes()
+    found = hashlib.sha256(data).hexdigest()
+    if found != expected:
+        raise ZooError(
+            f"weights of {name!r} have sha256 {found[:12]}..., expected {expected[:12]}...: the file is damaged or "
+            f"replaced; run `git checkout {path.name}` in its folder, or `course train {name}`"
+        )
+    return data
+
+
+def read(name: str) -> nn.Module:
+    """The network of this name with its committed weights, on the CPU in fp32."""
+    path = weights_path(name)
+    if not path.exists():
+        raise ZooError(f"weights of {name!r} are missing at {path}; run `git checkout` on it, or `course train {name}`")
+    data = _verified(path, path.stat().st_mtime, card(name)["sha256"], name)
+    try:
+        state = {key: value.float() if value.is_floating_point() else value for key, value in load_bytes(data).items()}
+    except SafetensorError as error:
+        raise ZooError(f"weights of {name!r} at {path} are not a safetensors file ({error}); run `course train {name}`") from None
+    net = recipe(name).network(name)
+    net.load_state_dict(state)
+    return net.eval().requires_grad_(False)
+
+
+def save(name: str, net: nn.Module, facts: dict[str, Any], weights: Path = WEIGHTS, cards: Path = CARDS) -> Path:
+    """Write the weights in half precision and the card with their hash; each file is replaced at once or not at all."""
+    state = {
+        key: (value.half() if value.is_floating_point() else value).cpu().contiguous() for key, value in net.state_dict().items()
+    }
+    data = save_bytes(state)
+    path = weights_path(name, weights)
+    full = {"name": name, **facts, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    write_atomically(path, lambda temporary: temporary.write_bytes(data))
+    write_atomically(Path(cards) / f"{name}.json", lambda temporary: temporary.write_text(json.dumps(full, indent=2) + "\n"))
+    return path
+
+
+def parameters(net: nn.Module) -> int:
+    """Number of trainable numbers."""
+    return sum(p.numel() for p in net.parameters())
+
+
+def in_half(net: nn.Module) -> nn.Module:
+    """The network with its weights rounded to half precision: what will be loaded, and so what is judged."""
+    with torch.no_grad():
+        for value in net.state_dict().values():
+            if value.is_floating_point():
+                value.copy_(value.half())
+    return net

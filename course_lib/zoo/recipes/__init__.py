@@ -1,0 +1,1 @@
+"""One short readable file per embedded model; `course train NAME` runs it."""

@@ -1,0 +1,53 @@
+"""`course train NAME`: run a recipe, judge the result as it will be loaded, and write weights and card."""
+
+from __future__ import annotations
+
+import datetime
+from pathlib import Path
+
+from course_lib import devices, zoo
+
+RUNS = Path("runs")
+
+
+def train(
+    name: str,
+    *,
+    steps: int | None = None,
+    start: str | None = None,
+    device: str | None = None,
+    out: Path | None = None,
+    fresh: bool = False,
+) -> Path:
+    """Train the model of this name; returns the path of its weights.
+
+    A run that was interrupted goes on from its checkpoint in runs/ (`fresh` starts anew). `start='zoo'`
+    begins with the embedded weights. A run of other than the recipe's own length goes to runs/ (or
+    `out`) and leaves the embedded model as it is. Raises ZooError for an unknown name.
+    """
+    recipe = zoo.recipe(name)
+    if start not in (None, "zoo"):
+        raise ValueError(f"--from {start}; expected 'zoo', the embedded weights")
+    if steps is not None and steps < 1:
+        raise ValueError(f"steps = {steps}; expected at least 1")
+    net = zoo.read(name).requires_grad_(True) if start == "zoo" else None
+    checkpoint = RUNS / f"{name}.ckpt"
+    if fresh:
+        checkpoint.unlink(missing_ok=True)
+    fit = recipe.train(name, net=net, device=device, checkpoint=checkpoint, **({} if steps is None else {"steps": steps}))
+    trained = zoo.in_half(fit.net.cpu())
+    option = "".join(f" --{key} {value}" for key, value in (("steps", steps), ("from", start)) if value is not None)
+    facts = {
+        "command": f"course train {name}{option}",
+        "data": recipe.DATA,
+        "parameters": zoo.parameters(trained),
+        "steps": len(fit.losses),
+        "seconds": round(fit.seconds),
+        "hardware": devices.describe(),
+        "date": datetime.date.today().isoformat(),
+        "metrics": recipe.judge(name, trained),
+    }
+    folder = out or (RUNS / name if steps is not None else None)
+    target = zoo.save(name, trained, facts) if folder is None else zoo.save(name, trained, facts, folder, folder)
+    checkpoint.unlink(missing_ok=True)
+    return target

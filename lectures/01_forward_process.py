@@ -1,0 +1,465 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+# ---
+
+# %% [markdown] slideshow={"slide_type": "slide"}
+# # 01 The forward process
+#
+# **How to destroy a picture, exactly.** A diffusion model learns to undo noise. Before it can learn, somebody has to
+# add the noise, in a way that can be written down, jumped through, and undone. That is this lecture.
+#
+# After it you can
+#
+# - noise a picture step by step, or to any time in a single draw, and prove that the two agree;
+# - read a noise schedule (linear, cosine, EDM, flow) as one curve, and change it into another;
+# - say what a network is asked for when it predicts $\epsilon$, $x_0$, $v$ or a velocity, and turn each into the others;
+# - compute the *best possible* denoiser of a distribution, and see how near a trained one comes;
+# - recognise the famous bugs: $\beta$ for $\bar\alpha$, a lost square root, a schedule that never reaches pure noise.
+#
+# Nothing is assumed but Gaussians and Python. Time: 60 minutes. Everything runs on a laptop, with no network.
+
+# %%
+import inspect
+import itertools
+import math
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from IPython.display import Code
+
+from course_lib import study, zoo
+from course_lib.devices import SampleNoise, generator
+from course_lib.gaussians import Empirical, Mixture
+from course_lib.sample import Trajectory, sample
+from course_lib.schedules import (
+    CONTINUOUS,
+    Cosine,
+    Discrete,
+    Flow,
+    Linear,
+    Schedule,
+    cosine_betas,
+    get,
+    karras,
+    linear_betas,
+    scaled_linear_betas,
+    uniform,
+)  # fmt: skip
+from course_lib.worlds import digits, toys
+
+torch.set_num_threads(1)  # tiny tensors are faster on one thread
+study.use()
+F64 = torch.float64
+images, labels = digits.load("train")
+held_out, held_out_labels = digits.load("test")
+
+
+def show(*functions):
+    """The source of library functions, where the source is the lesson."""
+    return Code("\n\n".join(inspect.getsource(function) for function in functions), language="python")
+
+
+# %% [markdown] slideshow={"slide_type": "slide"}
+# ## The picture first
+#
+# Five handwritten digits, real ones, with more noise from column to column. At the left you read them at once; at
+# the right nobody can. *Somewhere in between the digit is lost*, and where that happens depends on the schedule.
+
+# %% slideshow={"slide_type": "-"}
+row = images[[0, 1, 2, 3, 4, 5, 6, 7, 8, 9]]
+eps = SampleNoise(7)(row)
+linear = Linear()
+levels = torch.tensor([0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0], dtype=F64)
+noisy = [linear.add_noise(row[:5], t, eps[:5]) for t in levels]
+study.strip([list(column) for column in zip(*noisy, strict=True)], column_titles=[f"t = {t:.2f}" for t in levels])
+
+# %%
+frames = [study.tile(linear.add_noise(row, t, eps), columns=5) for t in torch.linspace(0, 1, 16, dtype=F64)]
+study.animate(torch.stack(frames), fps=10, scale=3)
+
+# %% [markdown] slideshow={"slide_type": "slide"}
+# ## One step
+#
+# Call the clean picture $x_0$. One step of the *forward process* shrinks it a little and adds a little noise
+# (Sohl-Dickstein et al. 2015; Ho et al. 2020, Eq. 2):
+#
+# $$q(x_t \mid x_{t-1}) = \mathcal N\big(\sqrt{1-\beta_t}\;x_{t-1},\ \beta_t I\big)
+# \qquad\Longleftrightarrow\qquad
+# x_t = \sqrt{1-\beta_t}\;x_{t-1} + \sqrt{\beta_t}\;\epsilon_t,\quad \epsilon_t\sim\mathcal N(0, I).$$
+#
+# - $\beta_t \in (0, 1)$ is the variance that step $t$ adds. DDPM takes 1,000 steps, with $\beta$ rising linearly from
+#   $10^{-4}$ to $0.02$.
+# - **Why shrink?** If $x_{t-1}$ has variance 1, then $x_t$ has variance $(1-\beta_t)\cdot 1 + \beta_t = 1$ again. The
+#   variance is *preserved*; without the factor it would grow with every step.
+# - **Why square roots?** A draw from a Gaussian is mean + *standard deviation* × $\epsilon$, and $\beta_t$ is a variance.
+#   Most bugs of this lecture are a missing root.
+#
+# ## A thousand steps in one
+#
+# Put one step into the next:
+#
+# $$x_t = \sqrt{1-\beta_t}\,\Big(\sqrt{1-\beta_{t-1}}\,x_{t-2} + \sqrt{\beta_{t-1}}\,\epsilon_{t-1}\Big) + \sqrt{\beta_t}\,\epsilon_t .$$
+#
+# The two noises are independent Gaussians, so that their variances add: $(1-\beta_t)\,\beta_{t-1} + \beta_t = 1 - (1-\beta_t)(1-\beta_{t-1})$.
+# Two steps are *one larger step*, whose signal keeps the share $(1-\beta_t)(1-\beta_{t-1})$ of the variance. By induction, with
+# $\bar\alpha_t = \prod_{s=1}^{t}(1-\beta_s)$,
+#
+# $$\boxed{\;x_t = \sqrt{\bar\alpha_t}\;x_0 + \sqrt{1-\bar\alpha_t}\;\epsilon\;}\qquad (\text{Ho et al. 2020, Eq. 4})$$
+#
+# $\bar\alpha_t$ is the one number that matters: **the share of the variance that is still signal.** Training never walks
+# through the steps; it jumps.
+
+# %% [markdown] slideshow={"slide_type": "slide"}
+# ## One interface for every schedule
+#
+# Some schedules preserve variance and some do not. All have the form $x_t = \alpha(t)\,x_0 + \mathrm{std}(t)\,\epsilon$, so a
+# schedule *is* its two functions $\alpha$ and $\mathrm{std}$. Everything else is derived from them:
+
+# %%
+show(Schedule.add_noise, Schedule.transition)
+
+# %% [markdown]
+# | schedule | $\alpha(t)$ | $\mathrm{std}(t)$ | source |
+# |---|---|---|---|
+# | linear (VP) | $e^{-\frac12\left(\beta_{\min}t + \frac12(\beta_{\max}-\beta_{\min})t^2\right)}$ | $\sqrt{1-\alpha^2}$ | Ho 2020; Song 2021 |
+# | cosine | $\cos\!\big(\tfrac\pi2\tfrac{t+s}{1+s}\big)/\cos\!\big(\tfrac\pi2\tfrac{s}{1+s}\big)$ | $\sqrt{1-\alpha^2}$ | Nichol and Dhariwal 2021 |
+# | EDM (VE) | $1$ | $\big(\sigma_{\min}^{1/\rho}+t\,(\sigma_{\max}^{1/\rho}-\sigma_{\min}^{1/\rho})\big)^{\rho}$ | Karras 2022 |
+# | flow | $1-t$ | $t$ | Liu 2023; Lipman 2023 |
+#
+# *VP* is variance preserving ($\alpha^2+\mathrm{std}^2=1$), *VE* variance exploding ($\alpha = 1$, the noise alone grows).
+
+# %% [markdown] slideshow={"slide_type": "slide"}
+# ### Experiment 1: steps and jump agree, for every schedule
+#
+# The claim is exact, so we test it like one. Take 20,000 points of a lopsided mixture in the plane. Send one copy through 200 single
+# steps $q(x_t \mid x_{t-1})$, jump with the other, and compare means and covariances. They are averages over random draws, so they may
+# differ by a few *standard errors*, and by no more: 4.5 of them is a chance of one in 150,000.
+
+
+# %%
+def standard_errors_apart(a, b):
+    """Largest difference of the means and of the second moments of two sets of points (n, d), in standard errors."""
+
+    def compare(p, q):
+        error = (p.var(0) / len(p) + q.var(0) / len(q)).sqrt()
+        return float(((p.mean(0) - q.mean(0)).abs() / error).max())
+
+    centre = a.mean(0)
+    products = [((p - centre)[:, :, None] * (p - centre)[:, None, :]).flatten(1) for p in (a, b)]
+    return compare(a, b), compare(*products)
+
+
+blobs, n = toys.three_blobs(), 20_000
+schedules = [get(name) for name in CONTINUOUS] + [
+    Discrete(linear_betas(), "DDPM table"),
+    Discrete(cosine_betas(), "cosine table"),
+]
+print(f"{'schedule':14s} {'mean':>6s} {'covariance':>11s}   (standard errors apart)")
+for schedule in schedules:
+    end = schedule.t_max * 0.98  # the last 2 % of cosine and flow leave no signal to compare
+    times = torch.linspace(schedule.t_min, end, 201, dtype=F64)
+    walked = schedule.add_noise(blobs.sample(n, generator(1)), times[0], torch.randn(n, 2, generator=generator(2), dtype=F64))
+    for k, (t_prev, t) in enumerate(itertools.pairwise(times)):
+        a, b = schedule.transition(t_prev, t)
+        walked = a * walked + b * torch.randn(n, 2, generator=generator(3, k), dtype=F64)
+    jumped = schedule.add_noise(blobs.sample(n, generator(4)), times[-1], torch.randn(n, 2, generator=generator(5), dtype=F64))
+    mean, covariance = standard_errors_apart(walked, jumped)
+    print(f"{schedule.name:14s} {mean:6.2f} {covariance:11.2f}")
+    assert max(mean, covariance) < 4.5
+
+# %% [markdown] slideshow={"slide_type": "slide"}
+# ## How noisy is noisy?
+#
+# The difficulty of denoising at time $t$ is a ratio of variances, the **signal-to-noise ratio** (Kingma et al. 2021, Eq. 2):
+#
+# $$\mathrm{SNR}(t) = \frac{\alpha(t)^2}{\mathrm{std}(t)^2} = \frac{\bar\alpha_t}{1-\bar\alpha_t}\ \text{(for VP)}.$$
+#
+# Two schedules that share an SNR pose *the same problem*: one is the other, scaled. So the course has a single coordinate. Divide
+# by $\alpha(t)$:
+#
+# $$\frac{x_t}{\alpha(t)} = x_0 + \sigma\,\epsilon,\qquad \sigma(t) = \frac{\mathrm{std}(t)}{\alpha(t)},\qquad \mathrm{SNR} = \frac1{\sigma^2}.$$
+#
+# From here on $x$ means $x_0 + \sigma\epsilon$, and every sampler, guidance rule and solver of the course is written in it.
+# **A schedule is then nothing but the speed at which $\sigma$ is walked through.**
+
+# %%
+fig, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8))
+t = torch.linspace(0.002, 0.998, 400, dtype=F64)
+for name in CONTINUOUS:
+    schedule = get(name)
+    left.plot(t, schedule.alpha(t) ** 2 / (schedule.alpha(t) ** 2 + schedule.std(t) ** 2), label=name)
+    right.plot(t, schedule.log_snr(t), label=name)
+left.set(xlabel="time t", ylabel="share of the variance\nthat is signal")
+right.set(xlabel="time t", ylabel="log SNR (nats)")
+right.axhline(0, color=study.COLOURS["muted"], linewidth=1)
+right.legend()
+
+# %% [markdown]
+# Read the right-hand panel: the *cosine* and *flow* schedules are nearly straight in the middle, they spend equal time on every
+# level of noise; *linear* hurries through the middle and stays long at the noisy end, where nothing is left to learn.
+
+# %% [markdown] slideshow={"slide_type": "slide"}
+# ### Experiment 2: the promises of the interface
+#
+# Three promises, for every schedule: where it says that variance is preserved, $\alpha^2+\mathrm{std}^2=1$; the SNR falls strictly; and the
+# tables are those that the rest of the world trained with, here the `alphas_cumprod` of Hugging Face's diffusers.
+
+# %%
+from diffusers import DDPMScheduler
+
+for schedule in schedules:
+    times = torch.linspace(schedule.t_max * 1e-3, schedule.t_max * 0.999, 1000, dtype=F64)
+    kept = (schedule.alpha(times) ** 2 + schedule.std(times) ** 2 - 1).abs().max()
+    assert (kept < 1e-12) == schedule.preserves_variance
+    assert bool((schedule.snr(times).diff() < 0).all())
+
+tables = {"linear": linear_betas(), "scaled_linear": scaled_linear_betas(), "squaredcos_cap_v2": cosine_betas()}
+ends = {"linear": (1e-4, 0.02), "scaled_linear": (0.00085, 0.012), "squaredcos_cap_v2": (1e-4, 0.02)}
+for name, betas in tables.items():
+    theirs = DDPMScheduler(beta_schedule=name, beta_start=ends[name][0], beta_end=ends[name][1]).alphas_cumprod
+    gap = float((Discrete(betas).table - theirs.double()).abs().max())
+    print(f"{name:18s} largest difference from diffusers {gap:.0e}")
+    assert gap < 1e-6
+
+# %% [markdown] slideshow={"slide_type": "slide"}
+# ## Try it
+#
+# Move the slider. Left: a digit at time $t$. Middle: the histogram of its pixels, which becomes a bell. Right: where you are on
+# the log-SNR curve. **At which log SNR do you stop reading the digit?** Try all four schedules: the time differs, the log SNR hardly does.
+
+# %%
+study.ScheduleExplorer(images[0])
+
+# %% [markdown] slideshow={"slide_type": "slide"}
+# ## Where does it end?
+#
+# Sampling will start from pure noise, so the forward process must *arrive* there. How far from $\mathcal N(0, I)$ is the last step?
+# For data of mean square $m^2$ per pixel, the distance from the noise that a sampler starts with is
+#
+# $$\mathrm{KL}\big(q(x_T\mid x_0)\,\big\|\,\mathcal N(0, I)\big)
+# = \tfrac12\big(\bar\alpha_T\,m^2 - \bar\alpha_T - \ln(1-\bar\alpha_T)\big)\ \text{nats per pixel}
+# \;\approx\; \tfrac12\,\bar\alpha_T\,m^2 .$$
+
+# %%
+mean_square = float(images.square().mean())
+print(f"{'table':18s} {'alpha_bar_T':>12s} {'sqrt':>7s}   KL, bits for a 16 x 16 picture")
+for name, betas in tables.items():
+    last = float(Discrete(betas).table[-1])
+    kl = 256 * (last * mean_square - last - math.log1p(-last)) / 2 / math.log(2)
+    print(f"{name:18s} {last:12.1e} {last**0.5:7.3f}   {kl:.4f}")
+
+# %% [markdown]
+# DDPM's table ends with a hundredth of a bit. *Stable Diffusion's* `scaled_linear` does not: $\sqrt{\bar\alpha_T} = 0.068$, so that seven
+# percent of the picture's amplitude survives, and with it the picture's mean brightness. A model trained on that has never seen pure noise, yet is
+# started from it: the reason why Stable Diffusion 1 and 2 could hardly paint very dark or very bright pictures (Lin et al. 2024).
+
+# %% [markdown] slideshow={"slide_type": "slide"}
+# ## What a denoiser can know
+#
+# Given $x = x_0 + \sigma\epsilon$, which guess of $x_0$ has the smallest squared error? Always the **posterior mean**
+#
+# $$D(x, \sigma) = \mathbb E[x_0 \mid x],$$
+#
+# because $\mathbb E\lVert x_0 - g\rVert^2$ is least at $g = \mathbb E[x_0\mid x]$. This function is all that a diffusion model learns, and in this course a
+# *Denoiser* is exactly that: a function of $x$ and $\sigma$. It is also the score of the noised data,
+#
+# $$D(x, \sigma) = x + \sigma^2\,\nabla_x \log p_\sigma(x)\qquad\text{(Tweedie's formula; Robbins 1956, Efron 2011)}.$$
+#
+# **Derivation.** $p_\sigma(x) = \int p(x_0)\,\mathcal N(x; x_0, \sigma^2 I)\,dx_0$. Differentiate under the integral:
+# $\nabla_x\,\mathcal N(x; x_0,\sigma^2 I) = \frac{x_0 - x}{\sigma^2}\,\mathcal N(x; x_0,\sigma^2 I)$, hence
+# $\nabla \log p_\sigma(x) = \frac{1}{\sigma^2}\big(\mathbb E[x_0\mid x] - x\big)$. Multiply by $\sigma^2$. ∎
+#
+# For a mixture of Gaussians both sides are known in closed form. Here is the field $D(x,\sigma) - x$, at three noise levels.
+
+# %%
+fig, axes = plt.subplots(1, 3, figsize=(11, 4), sharey=True)
+for ax, sigma in zip(axes, (0.2, 0.8, 2.0), strict=True):
+    study.density(ax, lambda p, s=sigma: blobs.log_prob(p, s), extent=(-3, 3, -3, 3))
+    study.field(ax, lambda p, s=sigma: blobs.denoiser(p, s) - p, extent=(-3, 3, -3, 3), n=13)
+    ax.set_title(rf"$\sigma$ = {sigma}")
+
+# %%
+points = 2 * torch.randn(2000, 2, generator=generator(6), dtype=F64)
+for sigma in (0.05, 0.5, 5.0):
+    gap = (blobs.denoiser(points, sigma) - points - sigma**2 * blobs.score(points, sigma)).abs().max()
+    assert gap < 1e-10
+print("Tweedie's formula holds to 1e-10 on the mixture")
+
+# %% [markdown] slideshow={"slide_type": "slide"}
+# ### Four names for one guess
+#
+# Networks are trained to predict one of four things. Each is an *affine* function of $D$, known once $x$ is:
+#
+# | prediction | definition | as a Denoiser | the loss weighs $\lVert D - x_0\rVert^2$ by |
+# |---|---|---|---|
+# | noise $\epsilon$ (DDPM) | $\epsilon$ | $D = x - \sigma\,\hat\epsilon$ | $1/\sigma^2$ |
+# | data $x_0$ | $x_0$ | $D = \hat x_0$ | $1$ |
+# | $v$ (Salimans and Ho 2022) | $\alpha\,\epsilon - \mathrm{std}\;x_0$ | $D = \frac{x}{1+\sigma^2} - \frac{\sigma}{\sqrt{1+\sigma^2}}\,\hat v$ | $(1+\sigma^2)/\sigma^2$ |
+# | velocity $u$ (flow) | $\epsilon - x_0$ | $D = \frac{x - \sigma\,\hat u}{1+\sigma}$ | $(1+\sigma)^2/\sigma^2$ |
+#
+# So "which prediction?" is two questions: how the network's output is scaled, and which noise levels the loss cares for. At small $\sigma$
+# an $\epsilon$-network only has to name a tiny noise; at large $\sigma$ its small error is multiplied by $\sigma$.
+
+# %%
+fig, ax = plt.subplots(figsize=(7, 3.6))
+s = torch.logspace(-2, 2, 200, dtype=F64)
+for name, weight in {"eps": s**-2, "x0": s**0, "v": (1 + s**2) / s**2, "flow": (1 + s) ** 2 / s**2}.items():
+    ax.loglog(s, weight, label=name)
+ax.set(xlabel=r"noise level $\sigma$", ylabel=r"weight of $\|D - x_0\|^2$")
+ax.legend(title="prediction")
+
+# %% [markdown] slideshow={"slide_type": "slide"}
+# ## The best denoiser and a trained one
+#
+# If the data were *only* the training images, the posterior mean would be an average of them, weighted by how well each explains $x$:
+#
+# $$D_{\text{emp}}(x,\sigma) = \sum_i p(i\mid x)\,x_i,\qquad p(i\mid x)\propto \exp\!\big(-\lVert x-x_i\rVert^2/2\sigma^2\big).$$
+#
+# This is the exact minimiser of the training loss, and it is useless: it can only give training images back. The model of this course, `digits`,
+# a U-Net trained on the same 1,437 images, does something else. Look at *held-out* digits, with noise, through both.
+
+# %%
+D = zoo.load("digits")
+memory = Empirical(images)
+six = held_out[:6]
+rows, titles = [list(six)], ["clean"]
+for sigma in (0.3, 0.8, 1.6):
+    x = six + sigma * SampleNoise(11)(six)
+    with torch.no_grad():
+        rows += [list(x / (1 + sigma**2) ** 0.5), list(D(x, torch.tensor(sigma))), list(memory(x, torch.tensor(sigma)))]
+    titles += [rf"noisy, $\sigma$ = {sigma}", "trained network", "training set's average"]
+study.strip(rows, row_titles=titles)
+
+# %% [markdown]
+# ### Experiment 3: remembering is not denoising
+#
+# On the training images the memorising denoiser cannot be beaten. On images that it has not seen the network must win, at the
+# levels where the digit's shape is decided; otherwise it has learned nothing that a look-up table does not know.
+
+
+# %%
+def error(denoiser, clean, sigma):
+    """Mean squared error per pixel of a denoiser at one noise level."""
+    with torch.no_grad():
+        return float((denoiser(clean + sigma * SampleNoise(12)(clean), torch.tensor(sigma)) - clean).square().mean())
+
+
+sigmas = (0.1, 0.2, 0.4, 0.8, 1.6)
+network = [error(D, held_out, s) for s in sigmas]
+table = [error(memory, held_out, s) for s in sigmas]
+network_train = [error(D, images[:360], s) for s in sigmas]
+table_train = [error(memory, images[:360], s) for s in sigmas]
+fig, ax = plt.subplots(figsize=(7, 3.8))
+ax.loglog(sigmas, network, "o-", color=study.COLOURS["model"], label="network, held-out digits")
+ax.loglog(sigmas, network_train, "o--", color=study.COLOURS["model"], label="network, training digits")
+ax.loglog(sigmas, table, "s-", color=study.COLOURS["warn"], label="memory, held-out digits")
+ax.loglog(sigmas, np.maximum(table_train, 1e-6), "s--", color=study.COLOURS["warn"], label="memory, training digits")
+ax.set(xlabel=r"noise level $\sigma$", ylabel="squared error per pixel", ylim=(1e-5, 1))
+ax.legend()
+assert all(a < b for a, b in zip(network, table, strict=True))  # on new digits the network wins at every level
+assert all(a > b for a, b in zip(network_train[:3], table_train[:3], strict=True))  # on old ones the memory is exact
+
+# %% [markdown] slideshow={"slide_type": "slide"}
+# ## A look ahead: the way back
+#
+# Knowing $D$ at every noise level is enough to walk back from noise to a digit (lectures 02 and 03). Scrub through one such walk: at the left
+# the noisy state $x$, at the right the model's guess $\hat x_0 = D(x,\sigma)$ at that moment. The guess starts as the average of
+# its class, takes a shape of its own around $\sigma \approx 1$, and only then sharpens.
+
+# %%
+asked = torch.arange(6)
+study.ReverseExplorer(D.given(label=asked), "digits 0 to 5, asked for by class", n=6, sigmas=lambda n: karras(n, 0.01, 20.0))
+
+# %% [markdown] slideshow={"slide_type": "slide"}
+# ## What goes wrong
+#
+# The bugs of the forward process never crash. They change a variance, and the model then learns to undo *another* process. Watch the variance
+# of $x_t$, for data of variance 1: it must stay 1.
+
+# %%
+betas = linear_betas()
+alpha_bar = torch.cumprod(1 - betas, 0)
+variance = {
+    "right": (alpha_bar + (1 - alpha_bar), "exact"),
+    r"$\beta_t$ for $1-\bar\alpha_t$": (alpha_bar + betas, "warn"),
+    "no square roots": (alpha_bar**2 + (1 - alpha_bar) ** 2, "model"),
+    r"noise $\times\,(1-\bar\alpha_t)$": (alpha_bar + (1 - alpha_bar) ** 2, "guide"),
+}
+fig, ax = plt.subplots(figsize=(8, 3.8))
+for name, (values, colour) in variance.items():
+    ax.plot(torch.arange(1, 1001), values, color=study.COLOURS[colour], label=name)
+ax.set(xlabel="step t of 1,000", ylabel=r"variance of $x_t$", ylim=(0, 1.1))
+ax.legend(loc="lower right", ncols=2)
+
+# %% [markdown]
+# | you see | it is | mend |
+# |---|---|---|
+# | $x_T$ is nearly 0, samples are grey | the noise was scaled by $\beta_t$, one step's share | $1-\bar\alpha_t$, from `cumprod` |
+# | the variance dips in the middle | no square roots (correct for a *flow*, wrong for DDPM) | $\sqrt{\bar\alpha_t}$, $\sqrt{1-\bar\alpha_t}$ |
+# | training is fine, samples have washed-out contrast | $\bar\alpha_T$ is not near 0 | a schedule with zero terminal SNR |
+# | all samples of a batch look equally noisy | one $t$ for the whole batch | draw $t$ for each sample, reshape to (B, 1, 1, 1) |
+#
+# The cure is always the same test: push data of known mean and variance through, and compare with the closed form. It takes one line, and it would have caught
+# each of them:
+
+# %%
+x0 = blobs.sample(50_000, generator(8))
+t = 0.5
+x_t = linear.add_noise(x0, t, torch.randn(x0.shape, generator=generator(9), dtype=F64))
+expected = linear.alpha(torch.tensor(t)) ** 2 * blobs.cov + linear.std(torch.tensor(t)) ** 2 * torch.eye(2, dtype=F64)
+spread = x_t.var(0)
+assert bool(((spread - expected.diagonal()).abs() < 4.5 * (2 / len(x0)) ** 0.5 * 1.5 * expected.diagonal()).all())
+print(
+    "variance at t = 0.5: measured",
+    [f"{v:.3f}" for v in spread.tolist()],
+    "exact",
+    [f"{v:.3f}" for v in expected.diagonal().tolist()],
+)
+
+# %% [markdown] slideshow={"slide_type": "slide"}
+# ## The same on Stable Diffusion
+#
+# Nothing above knows what $x_0$ is. In Stable Diffusion it is a latent of 4 × 64 × 64 numbers in place of a digit, and the schedule is the
+# `scaled_linear` table; the code is the same line. Its levels, in the course's coordinate, and those of DDPM:
+
+# %%
+fig, ax = plt.subplots(figsize=(7, 3.6))
+for name, betas in {"DDPM": linear_betas(), "Stable Diffusion 1.5": scaled_linear_betas(), "cosine": cosine_betas()}.items():
+    ax.semilogy(torch.arange(1000), Discrete(betas).sigma(torch.arange(1000)), label=name)
+ax.set(xlabel="trained step t", ylabel=r"$\sigma$, noise over signal", ylim=(5e-3, 1e3))
+ax.legend()
+latent = SampleNoise(1)(torch.empty(1, 4, 64, 64))
+stable = Discrete(scaled_linear_betas(), "Stable Diffusion")
+x_t = stable.add_noise(latent, torch.tensor([500]), SampleNoise(2)(latent))
+print(f"a latent of shape {tuple(x_t.shape)} at t = 500: sigma = {float(stable.sigma(torch.tensor(500.0))):.3f}")
+
+# %% [markdown] slideshow={"slide_type": "slide"}
+# ## Remember
+#
+# - $x_t = \alpha(t)\,x_0 + \mathrm{std}(t)\,\epsilon$: a schedule is two functions. For DDPM $\alpha^2 = \bar\alpha$ and $\mathrm{std}^2 = 1-\bar\alpha$.
+# - In the coordinate $x = x_0+\sigma\epsilon$ all schedules are one process, walked at different speeds.
+# - The posterior mean $D(x,\sigma)=\mathbb E[x_0\mid x]$ is all there is to learn; $\epsilon$, $x_0$, $v$ and velocity are names for it.
+# - Test moments, not pictures.
+#
+# **Exercises.** [Set 01](../exercises/01_forward_process.ipynb): nine functions, 17 points. `course lab` puts a copy for you into `my_course/`; each check names the
+# mistake that was made.
+#
+# ## Sources
+#
+# - J. Sohl-Dickstein, E. Weiss, N. Maheswaranathan, S. Ganguli. *Deep Unsupervised Learning using Nonequilibrium Thermodynamics.* 2015. arXiv:1503.03585
+# - J. Ho, A. Jain, P. Abbeel. *Denoising Diffusion Probabilistic Models.* 2020. arXiv:2006.11239
+# - A. Nichol, P. Dhariwal. *Improved Denoising Diffusion Probabilistic Models.* 2021. arXiv:2102.09672
+# - Y. Song, J. Sohl-Dickstein, D. Kingma, A. Kumar, S. Ermon, B. Poole. *Score-Based Generative Modeling through Stochastic Differential Equations.* 2021. arXiv:2011.13456
+# - D. Kingma, T. Salimans, B. Poole, J. Ho. *Variational Diffusion Models.* 2021. arXiv:2107.00630
+# - T. Salimans, J. Ho. *Progressive Distillation for Fast Sampling of Diffusion Models.* 2022. arXiv:2202.00512
+# - T. Karras, M. Aittala, T. Aila, S. Laine. *Elucidating the Design Space of Diffusion-Based Generative Models.* 2022. arXiv:2206.00364
+# - X. Liu, C. Gong, Q. Liu. *Flow Straight and Fast: Learning to Generate and Transfer Data with Rectified Flow.* 2023. arXiv:2209.03003
+# - Y. Lipman, R. Chen, H. Ben-Hamu, M. Nickel, M. Le. *Flow Matching for Generative Modeling.* 2023. arXiv:2210.02747
+# - S. Lin, B. Liu, J. Li, X. Yang. *Common Diffusion Noise Schedules and Sample Steps are Flawed.* 2024. arXiv:2305.08891
+# - B. Efron. *Tweedie's Formula and Selection Bias.* 2011. H. Robbins. *An Empirical Bayes Approach to Statistics.* 1956.
+# - Data: E. Alpaydin, C. Kaynak. *Optical Recognition of Handwritten Digits*, UCI Machine Learning Repository, 1998, as scikit-learn ships it.

@@ -1,0 +1,42 @@
+"""Making submissions: notebooks as a student would hand them in."""
+
+import inspect
+import re
+import textwrap
+from pathlib import Path
+
+import nbformat
+
+from course_lib.grading import source
+from course_lib.grading.items import Item, items_of, set_names
+from course_lib.grading.paths import sources
+
+ITEMS = [(number, item_id) for number in set_names() for item_id in items_of(number)]
+IDS = [f"set_{number}-{item_id}" for number, item_id in ITEMS]
+
+
+def built(number: str, kind: str) -> nbformat.NotebookNode:
+    """The 'solved' or 'blank' notebook of a set, fresh from its source."""
+    read = source.read(sources("solutions")[number])
+    return source.answer_sheet(read) if kind == "solved" else source.exercise(read)
+
+
+def answer_cell(notebook: nbformat.NotebookNode, item_id: str) -> nbformat.NotebookNode:
+    """The cell in which an item is answered."""
+    return next(cell for cell in notebook.cells if cell.id == f"item-{item_id.replace('.', '-')}-answer")
+
+
+def mistaken(item: Item, name: str) -> str:
+    """The source of a known mistake, as a student would have written it: under the item's own name."""
+    known = next(one for one in item.mistakes if one.name == name)
+    code = textwrap.dedent(inspect.getsource(known.fn))
+    code = code[re.search(r"^def ", code, re.M).start() :]
+    helpers = "from course_lib.grading.sets.set_01.denoising import _mixed, right, torch\n"
+    return helpers + code.replace(f"def {name}(", f"def {item.function}(", 1)
+
+
+def save(notebook: nbformat.NotebookNode, folder: Path, name: str = "01_forward_process.ipynb") -> Path:
+    """Write a submission."""
+    path = folder / name
+    path.write_text(nbformat.writes(notebook))
+    return path

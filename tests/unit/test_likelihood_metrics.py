@@ -1,0 +1,279 @@
+"""The variational bound on a Gaussian, to the last digit; and metrics on sets whose answer is known."""
+
+import math
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import scipy.linalg
+import scipy.stats
+import torch
+from torch.distributions import MultivariateNormal, Normal, kl_divergence
+from torch.testing import assert_close
+
+from course_lib import metrics
+from course_lib.gaussians import Mixture
+from course_lib.likelihood import variational_bound
+from course_lib.schedules import karras
+from course_lib.worlds.toys import three_blobs
+
+SE = 4.5  # standard errors
+F64 = torch.float64
+LN2 = math.log(2)
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
+
+
+# --- the variational bound ----------------------------------------------------------------------------------------
+
+
+def gaussian() -> Mixture:
+    return Mixture.gaussian(torch.tensor([0.2, -0.1]), torch.tensor([[1.0, 0.3], [0.3, 0.8]]))
+
+
+def grid_of(T: int, high: float = 80.0, low: float = 0.1) -> torch.Tensor:
+    """T levels spaced evenly in log(1 + 1/sigma^2), where a unit Gaussian's gap per step is the same everywhere."""
+    u = torch.linspace(math.log1p(high**-2), math.log1p(low**-2), T, dtype=F64)
+    return torch.expm1(u) ** -0.5
+
+
+def averaged_bound(data: Mixture, sigmas: torch.Tensor) -> dict[str, float]:
+    """The bound averaged over x0 and noise, exactly: it is quadratic in both, so +-sqrt(d) along each axis integrates it."""
+    d = data.dim
+    nodes = math.sqrt(d) * torch.cat([torch.eye(d, dtype=F64), -torch.eye(d, dtype=F64)])
+    x0 = (data.mean + nodes @ torch.linalg.cholesky(data.cov).T).repeat_interleave(2 * d, 0)
+    eps = nodes.repeat(2 * d, 1)
+    bound = variational_bound(data.denoiser, x0, sigmas, lambda x: eps)
+    return {name: float(getattr(bound, name).mean()) for name in ("prior", "diffusion", "reconstruction", "total")}
+
+
+def entropy(data: Mixture) -> float:
+    """E[-log2 p(x0)] / d."""
+    return float(MultivariateNormal(data.mean, data.cov).entropy()) / data.dim / LN2
+
+
+def gap_by_divergences(data: Mixture, sigmas: torch.Tensor) -> float:
+    """KL of p_T from the prior, of each true reverse step from the model's, and of the true p(x0 | x_1), bits a dimension.
+
+    Along an axis of variance v, the reverse step's true variance is s^2 (1 + r), where s^2 is the model's and
+    r = v sigma^2 / (v + sigma^2) * (1/sigma'^2 - 1/sigma^2); the means agree.
+    """
+    v, axes = torch.linalg.eigh(data.cov)
+    m, top, low = data.mean @ axes, sigmas[0], sigmas[-1]
+    ratio = (v + top**2) / (1 + top**2)
+    nats = ((ratio - 1 - ratio.log() + m**2 / (1 + top**2)) / 2).sum()
+    for sigma, sigma_next in pairwise(sigmas):
+        r = v * sigma**2 / (v + sigma**2) * (sigma_next**-2 - sigma**-2)
+        nats = nats + ((r - r.log1p()) / 2).sum()
+    last = v / (v + low**2)
+    nats = nats + ((last - 1 - last.log()) / 2).sum()
+    return float(nats) / data.dim / LN2
+
+
+@pytest.mark.parametrize("sigmas", [grid_of(20), grid_of(200), karras(30)[:-1], torch.tensor([5.0, 1.0], dtype=F64)])
+def test_the_bound_exceeds_the_entropy_by_its_divergences(sigmas):
+    data = gaussian()
+    gap = averaged_bound(data, sigmas)["total"] - entropy(data)
+    assert gap > 0
+    assert gap == pytest.approx(gap_by_divergences(data, sigmas), rel=1e-7, abs=1e-10)
+
+
+def test_the_gap_is_small_at_a_thousand_steps_and_falls_as_one_over_T():
+    data = gaussian()
+    gap = {T: averaged_bound(data, grid_of(T))["total"] - entropy(data) for T in (250, 500, 1000)}
+    assert 0 < gap[1000] < 0.01  # bits a dimension
+    # KL of a step is r^2/4 - r^3/6, r = O(1/T); the reconstruction's (low^2 / v)^2 / 4 = 4e-5 nats does not fall
+    for T in (250, 500):
+        assert gap[T] / gap[2 * T] == pytest.approx(2, rel=0.05)
+
+
+def test_each_part_of_the_bound_is_its_definition():
+    data, x0, eps = gaussian(), normal(4, 2), normal(4, 2, seed=1)
+    sigmas = torch.tensor([6.0, 2.0, 0.5], dtype=F64)
+    bound = variational_bound(data.denoiser, x0, sigmas, lambda x: eps)
+    to_bits = 1 / (2 * LN2)
+    prior = kl_divergence(Normal(x0, sigmas[0]), Normal(torch.zeros_like(x0), (1 + sigmas[0] ** 2).sqrt()))
+    assert_close(bound.prior, prior.sum(1) * to_bits)
+    terms = torch.zeros(4, dtype=F64)
+    for s, s_next in pairwise(sigmas):  # KL( q(x' | x, x0) || p(x' | x) ), both of DDPM's small variance
+        x, deviation = x0 + s * eps, (s_next**2 * (s**2 - s_next**2)).sqrt() / s
+        true, model = (x_0 + (s_next / s) ** 2 * (x - x_0) for x_0 in (x0, data.denoiser(x, s)))
+        terms += kl_divergence(Normal(true, deviation), Normal(model, deviation)).sum(1)
+    assert_close(bound.diffusion, terms * to_bits)
+    low = sigmas[-1]
+    decoded = Normal(data.denoiser(x0 + low * eps, low), low)
+    assert_close(bound.reconstruction, -decoded.log_prob(x0).sum(1) * to_bits)
+    assert_close(bound.total, bound.prior + bound.diffusion + bound.reconstruction)
+
+
+def test_a_random_bound_is_unbiased():
+    """Real noise, 4,000 data: the mean within its standard error of the exact one."""
+    data, sigmas, n = gaussian(), grid_of(50), 4000
+    g = torch.Generator().manual_seed(2)
+    found = variational_bound(
+        data.denoiser, data.sample(n, g), sigmas, lambda x: torch.randn(x.shape, generator=g, dtype=x.dtype)
+    ).total
+    assert abs(float(found.mean()) - averaged_bound(data, sigmas)["total"]) < SE * float(found.std()) / math.sqrt(n)
+
+
+def test_the_bound_of_pictures_in_single_precision():
+    data = Mixture.gaussian(torch.zeros(4), torch.eye(4))
+    x0, eps = normal(3, 4), normal(3, 4, seed=1)
+    flat = variational_bound(data.denoiser, x0, grid_of(20), lambda x: eps).total
+    picture = variational_bound(
+        data.denoiser, x0.float().reshape(3, 1, 2, 2), grid_of(20), lambda x: eps.float().reshape(x.shape)
+    ).total
+    assert_close(picture.double(), flat, rtol=1e-4, atol=1e-4)  # x0 - D(x) is a difference of numbers up to 80
+
+
+@pytest.mark.parametrize("sigmas", [[80.0, 1.0, 0.0], [0.1, 1.0, 80.0]])
+def test_the_bound_needs_a_falling_grid_above_zero(sigmas):
+    with pytest.raises(ValueError, match="sigmas ends at .*; expected a falling grid whose last level is above 0"):
+        variational_bound(gaussian().denoiser, normal(2, 2), torch.tensor(sigmas), torch.zeros_like)
+
+
+# --- Frechet distance ----------------------------------------------------------------------------------------------
+
+
+def with_moments(n: int, mean: torch.Tensor, cov: torch.Tensor, seed: int) -> torch.Tensor:
+    """n points whose sample mean and sample covariance are exactly these."""
+    z = normal(n, len(mean), seed=seed)
+    z = z - z.mean(0)
+    z = torch.linalg.solve_triangular(torch.linalg.cholesky(torch.cov(z.T).reshape(len(mean), -1)), z.T, upper=False).T
+    return mean + z @ torch.linalg.cholesky(cov).T
+
+
+def test_frechet_distance_of_gaussians():
+    d, root_a, root_b = 5, normal(5, 5, seed=1), normal(5, 5, seed=2)
+    C_a, C_b = root_a @ root_a.T + 0.1 * torch.eye(d), root_b @ root_b.T + 0.1 * torch.eye(d)
+    m_a, m_b = normal(d, seed=3), normal(d, seed=4)
+    a, b = with_moments(40, m_a, C_a, 5), with_moments(70, m_b, C_b, 6)
+    root = torch.as_tensor(scipy.linalg.sqrtm((C_a @ C_b).numpy()).real)
+    expected = float((m_a - m_b).square().sum() + (C_a + C_b - 2 * root).trace())
+    assert metrics.frechet_distance(a, b) == pytest.approx(expected, rel=1e-8)
+    assert metrics.frechet_distance(b, a) == pytest.approx(expected, rel=1e-8)
+    assert metrics.frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
+    assert metrics.frechet_distance(a, a + m_b) == pytest.approx(float(m_b.square().sum()), rel=1e-9)
+
+
+def test_frechet_distance_along_axes():
+    """Covariances that commute: sum of (sqrt(v) - sqrt(w))^2; one of them may be flat."""
+    v, w = torch.tensor([4.0, 1.0, 0.25], dtype=F64), torch.tensor([1.0, 9.0, 1e-12], dtype=F64)
+    zero = torch.zeros(3, dtype=F64)
+    a, b = with_moments(50, zero, v.diag(), 1), with_moments(50, zero, w.diag(), 2)
+    assert metrics.frechet_distance(a, b) == pytest.approx(1 + 4 + 0.25, abs=2e-6)
+    one = with_moments(10, zero[:1] + 3, torch.tensor([[4.0]], dtype=F64), 3)
+    assert metrics.frechet_distance(one, -one / 2) == pytest.approx(4.5**2 + 1, rel=1e-9)
+
+
+@pytest.mark.parametrize("shape", [(4, 3), (10,)])
+def test_frechet_distance_refuses_few_rows(shape):
+    with pytest.raises(ValueError, match=r"b has shape .*; expected \(N, d\) with N >= d \+ 2"):
+        metrics.frechet_distance(normal(20, 3), normal(*shape))
+
+
+# --- sliced Wasserstein ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("d", [1, 2, 3, 10])
+def test_sliced_wasserstein_of_a_shift(d):
+    """Mean |<u, shift>| over directions: |shift| Gamma(d/2) / (sqrt(pi) Gamma((d + 1)/2)), and E <u, shift>^2 = |shift|^2 / d."""
+    a, shift, slices = normal(50, d), normal(d, seed=1), 2000
+    size = float(shift.norm())
+    expected = size * math.gamma(d / 2) / (math.sqrt(math.pi) * math.gamma((d + 1) / 2))
+    error = SE * math.sqrt(max(0.0, size**2 / d - expected**2) / slices) + 1e-9
+    assert abs(metrics.sliced_wasserstein(a, a + shift, slices) - expected) < error
+    assert metrics.sliced_wasserstein(a, a[torch.randperm(50)], slices) == pytest.approx(0, abs=1e-12)
+
+
+def test_sliced_wasserstein_is_a_distance():
+    a, b, c = normal(60, 3), normal(60, 3, seed=1) * 2, normal(60, 3, seed=2) + 1
+    ab, bc, ac = (metrics.sliced_wasserstein(p, q) for p, q in ((a, b), (b, c), (a, c)))
+    assert metrics.sliced_wasserstein(b, a) == pytest.approx(ab) and ac <= ab + bc
+    assert metrics.sliced_wasserstein(3 * a, 3 * b) == pytest.approx(3 * ab)
+
+
+@pytest.mark.parametrize(("n", "m"), [(100, 100), (100, 37), (7, 200), (1, 2), (50, 100)])
+def test_sliced_wasserstein_on_a_line_is_scipys(n, m):
+    a, b = normal(n, 1), 1.5 * normal(m, 1, seed=1) + 0.3
+    expected = scipy.stats.wasserstein_distance(a[:, 0].numpy(), b[:, 0].numpy())
+    assert metrics.sliced_wasserstein(a, b) == pytest.approx(expected, rel=1e-9)
+
+
+def test_sliced_wasserstein_floor():
+    """Two sets of n standard normals: int E|F_n - G_n| dx, E|X - Y| = 2 sum_k P(X <= k) P(X > k) for binomial X, Y.
+
+    A projection of a round Gaussian is standard normal in every direction, so the same holds in the plane.
+    """
+    n, rounds = 200, 64
+    x = np.linspace(-6, 6, 1201)
+    below = scipy.stats.binom.cdf(np.arange(n)[:, None], n, scipy.stats.norm.cdf(x)[None])
+    exact = float(np.trapezoid(2 * (below * (1 - below)).sum(0) / n, x))
+    for d in (1, 2):
+        draw = lambda m, g, d=d: torch.randn(m, d, generator=g, dtype=F64)
+        mean, spread = metrics.sliced_wasserstein_floor(draw, n, rounds=rounds)
+        assert abs(mean - exact) < SE * spread / math.sqrt(rounds)
+
+
+def test_sliced_wasserstein_errors():
+    with pytest.raises(ValueError, match=r"a has shape \(5, 2\) and b \(5, 3\); expected"):
+        metrics.sliced_wasserstein(normal(5, 2), normal(5, 3))
+
+
+# --- precision, recall and the rest ---------------------------------------------------------------------------------------
+
+
+def test_precision_and_recall_by_hand():
+    """k = 1. Real 0 ... 9, radii 1. Fake 0.5, 1.5 (radii 1), 100 (98.5), 200 (100): two of four lie on the real manifold.
+
+    The ball of 100 reaches down to 1.5 and covers what the first two leave out.
+    """
+    real, fake = torch.arange(10.0)[:, None], torch.tensor([[0.5], [1.5], [100.0], [200.0]])
+    assert metrics.precision_recall(real, fake, k=1) == (0.5, 1.0)
+    assert metrics.precision_recall(fake, real, k=1) == (1.0, 0.5)
+    assert metrics.precision_recall(real, fake[:2], k=1) == (1.0, 0.3)  # 0, 1 and 2 of ten
+
+
+def test_precision_and_recall_at_the_extremes():
+    real = three_blobs().sample(200, torch.Generator().manual_seed(0))
+    assert metrics.precision_recall(real, real) == (1.0, 1.0)
+    assert metrics.precision_recall(real, real + 100) == (0.0, 0.0)
+    modes = torch.cat([real[:120], real[120:] + 100])  # 60 % and 40 % of the points, far apart
+    assert metrics.precision_recall(modes, modes[:120]) == (1.0, 0.6)  # one mode alone: precise, and blind to the other
+    assert metrics.precision_recall(modes[:120], modes) == (0.6, 1.0)
+    with pytest.raises(ValueError, match="fake has 3 points; expected more than k = 3"):
+        metrics.precision_recall(real, real[:3])
+
+
+def test_nearest_distance():
+    found = metrics.nearest_distance(torch.tensor([[0.0, 0.0], [3.0, 4.0]]), torch.tensor([[3.0, 0.0], [0.0, 1.0]]))
+    assert_close(found, torch.tensor([1.0, 4.0], dtype=F64))
+
+
+def test_pca_features_are_the_principal_components():
+    reference = normal(200, 6) @ normal(6, 6, seed=1) + 3
+    found = metrics.pca_features(reference, 4)(reference)
+    cov = torch.cov(found.T)
+    assert_close(found.mean(0), torch.zeros(4, dtype=F64), rtol=0, atol=1e-10)
+    assert_close(cov, torch.linalg.eigvalsh(torch.cov(reference.T)).flip(0)[:4].diag(), rtol=1e-9, atol=1e-9)
+
+
+def test_bootstrap_of_a_mean():
+    """Its 95 % interval is mean +- 1.96 s / sqrt(n); each end's own error is 0.06 standard errors with 2,000 rounds."""
+    n, rows = 400, normal(400, 1)
+    low, high = metrics.bootstrap(lambda r: float(r.mean()), rows, rounds=2000)
+    error = float(rows.std()) / math.sqrt(n)
+    for end, sign in ((low, -1), (high, 1)):
+        assert abs(end - float(rows.mean()) - sign * 1.96 * error) < SE * 0.06 * error
+
+
+def test_psnr_and_ssim():
+    """20 log10(range / error) of a constant error; (2 a b + c) / (a^2 + b^2 + c), c = (0.01 * 2)^2, of grey pictures."""
+    picture = torch.rand(1, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    assert metrics.psnr(picture + 0.02, picture) == pytest.approx(40, rel=1e-4)
+    assert metrics.psnr(picture + 0.1, picture, data_range=1.0) == pytest.approx(20, rel=1e-4)
+    assert metrics.ssim(picture, picture) == pytest.approx(1)
+    a, b = torch.full((1, 16, 16), 0.5), torch.full((1, 16, 16), -0.2)
+    assert metrics.ssim(a, b) == pytest.approx((2 * 0.5 * -0.2 + 4e-4) / (0.25 + 0.04 + 4e-4), rel=1e-4)
