@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -101,6 +102,8 @@ def check(numbers: Numbers = None) -> None:
     """
     from course_lib.grading.paths import root
 
+    if importlib.util.find_spec("pytest") is None:
+        raise ValueError("`course check` runs pytest, which is missing; run `pip install -c constraints.txt -e '.[test]'`")
     base = root()
     for number in _numbers(numbers):
         notebooks = sorted(
@@ -147,7 +150,7 @@ def progress() -> None:
 @app.command()
 def grade(
     submissions: Annotated[list[Path], typer.Argument(help="Notebooks, or folders of them.")],
-    out: Annotated[Path | None, typer.Option(help="Folder for score sheets (text and JSON).")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the score sheets, as text and JSON.")] = Path("scores"),
     trust_submissions: Annotated[bool, typer.Option("--trust-submissions", help="Run the code without a sandbox.")] = False,
     seed: Annotated[int | None, typer.Option(help="Seed of the inputs; secret when left out.")] = None,
 ) -> None:
@@ -169,9 +172,8 @@ def grade(
     with grader.Worker() as worker:
         for path in paths:
             sheet = grader.grade(path, seed=seed, worker=worker)
-            console.print(sheet.text(), markup=False, highlight=False)
-            if out is not None:
-                console.print(f"written: {grader.write(sheet, out)}")
+            console.print(sheet.text(), markup=False, highlight=False, soft_wrap=True)
+            console.print(f"written: {grader.write(sheet, out)}")
 
 
 @app.command()
@@ -265,7 +267,7 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except (ValueError, FloatingPointError, OSError) as error:
-        Console(stderr=True).print(f"course: {error}", style="red", markup=False, highlight=False)
+        Console(stderr=True).print(f"course: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         raise SystemExit(2) from None
 
 

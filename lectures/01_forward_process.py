@@ -34,13 +34,11 @@ from IPython.display import Code
 
 from course_lib import study, zoo
 from course_lib.devices import SampleNoise, generator
-from course_lib.gaussians import Empirical, Mixture
+from course_lib.gaussians import Empirical
 from course_lib.sample import Trajectory, sample
 from course_lib.schedules import (
     CONTINUOUS,
-    Cosine,
     Discrete,
-    Flow,
     Linear,
     Schedule,
     cosine_betas,
@@ -48,8 +46,7 @@ from course_lib.schedules import (
     karras,
     linear_betas,
     scaled_linear_betas,
-    uniform,
-)  # fmt: skip
+)
 from course_lib.worlds import digits, toys
 
 torch.set_num_threads(1)  # tiny tensors are faster on one thread
@@ -79,8 +76,8 @@ noisy = [linear.add_noise(row[:5], t, eps[:5]) for t in levels]
 study.strip([list(column) for column in zip(*noisy, strict=True)], column_titles=[f"t = {t:.2f}" for t in levels])
 
 # %%
-frames = [study.tile(linear.add_noise(row, t, eps), columns=5) for t in torch.linspace(0, 1, 16, dtype=F64)]
-study.animate(torch.stack(frames), fps=10, scale=3)
+frames = [study.tile(linear.add_noise(row, t, eps), columns=5) for t in torch.linspace(0, 1, 12, dtype=F64)]
+study.animate(torch.stack(frames), fps=8, scale=3)
 
 # %% [markdown] slideshow={"slide_type": "slide"}
 # ## One step
@@ -367,9 +364,21 @@ assert all(a > b for a, b in zip(network_train[:3], table_train[:3], strict=True
 # %% [markdown] slideshow={"slide_type": "slide"}
 # ## A look ahead: the way back
 #
-# Knowing $D$ at every noise level is enough to walk back from noise to a digit (lectures 02 and 03). Scrub through one such walk: at the left
-# the noisy state $x$, at the right the model's guess $\hat x_0 = D(x,\sigma)$ at that moment. The guess starts as the average of
-# its class, takes a shape of its own around $\sigma \approx 1$, and only then sharpens.
+# Knowing $D$ at every noise level is enough to walk back from noise to a digit (lectures 02 and 03): step by step, move from $x$ a little
+# towards $D(x,\sigma)$, and let $\sigma$ fall. The ten digits below come out of pure noise, each asked for by its class.
+
+# %%
+ten = D.given(label=torch.arange(10))
+levels = karras(30, 0.01, 20.0)
+x = SampleNoise(4).start((10, *digits.SHAPE), levels[0])
+walk = Trajectory(x, levels[0])
+sample(ten, x, levels, on_step=walk)
+frames = [study.tile(x / (1 + s**2) ** 0.5, columns=5) for x, s in zip(walk.x[::2], walk.sigmas[::2], strict=True)]
+study.animate(torch.stack(frames), fps=8, scale=3)
+
+# %% [markdown]
+# Scrub through such a walk yourself: above is the noisy state $x$, below the model's guess $\hat x_0 = D(x,\sigma)$ at that moment. The guess
+# starts as the average of its class, takes a shape of its own around $\sigma \approx 1$, and only then sharpens.
 
 # %%
 asked = torch.arange(6)

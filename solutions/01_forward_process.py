@@ -249,19 +249,20 @@ def denoise_mixture(x: Tensor, sigma: Tensor, weights: Tensor, means: Tensor, st
 denoise_mixture = check("01.8", denoise_mixture)
 
 # %% [markdown]
-# Arrows from $x$ to $E[x_0 \mid x]$ at two noise levels: with much noise all point to the middle, with little noise to the nearest blob.
+# Arrows from $x$ towards $E[x_0 \mid x]$ at two noise levels, over the density of the noisy points: with much noise all
+# point to the middle, with little noise to the nearest blob.
 
 # %%
 ring = toys.ring(6, std=0.2)
-line = torch.linspace(-2.4, 2.4, 15, dtype=torch.float64)
-points = torch.cartesian_prod(line, line)
 fig, axes = plt.subplots(1, 2, figsize=(9, 4.4), sharey=True)
 for ax, sigma in zip(axes, (2.0, 0.5), strict=True):
-    arrows = denoise_mixture(points, torch.tensor(sigma), ring.weights, ring.means, 0.2) - points
-    ax.quiver(*points.T, *arrows.T, color=study.COLOURS["model"], angles="xy", scale_units="xy", scale=1, width=0.003)
-    ax.plot(*ring.means.T, "o", color=study.COLOURS["data"], label="means of the mixture")
-    ax.set(title=rf"$\sigma$ = {sigma}", xlabel=r"$x_1$", ylabel=r"$x_2$", aspect="equal")
-axes[0].legend(loc="upper left")
+
+    def pull(points, sigma=sigma):
+        return denoise_mixture(points, torch.tensor(sigma), ring.weights, ring.means, 0.2) - points
+
+    study.density(ax, lambda points, sigma=sigma: ring.log_prob(points, sigma), extent=(-2.5, 2.5, -2.5, 2.5))
+    study.field(ax, pull, extent=(-2.5, 2.5, -2.5, 2.5), n=15)
+    ax.set_title(rf"$\sigma$ = {sigma}")
 
 # %% [markdown] item="01.9"
 # And now the loss that trains diffusion models (Ho et al. 2020, Algorithm 1 and Eq. 14): noise each sample to its own

@@ -25,6 +25,9 @@ def check(item_id: str, fn: Callable[..., Any]) -> Callable[..., Any]:
     item = find(item_id)
     if not callable(fn):
         raise ValueError(f"fn is {type(fn).__name__}; expected the function {item.function}, without parentheses")
+    if fn is item.reference:  # a check cell run twice: the name now holds what the first check returned
+        print(f"{item_id} this is the library's {item.function}; run the cell that defines yours, then check again")
+        return fn
     result = verdicts.judge(item_id, fn)
     _remember(item_id, result)
     if result.correct:

@@ -68,8 +68,8 @@ def card(name: str, folder: Path = CARDS) -> dict[str, Any]:
 
 
 def available(name: str) -> bool:
-    """Whether `name` can be loaded now, with no network: an embedded model with its weights, or a local folder."""
-    return (name in RECIPES and weights_path(name).exists()) or Path(name).is_dir()
+    """Whether `name` can be loaded now: an embedded model whose weights and card are there."""
+    return name in RECIPES and weights_path(name).exists() and (CARDS / f"{name}.json").exists()
 
 
 def load(name: str, device: str | None = None) -> Any:

@@ -19,7 +19,7 @@ from course_lib.worlds import digits
 DATA = "scikit-learn's load_digits, the first 1,437 images of the file, 16 x 16"
 VARIANTS: dict[str, dict[str, Any]] = {
     "digits-reader": {"build": ConvReader, "steps": 1500, "lr": 2e-3, "seed": 1},
-    "digits-reader-2": {"build": MixingReader, "steps": 1500, "lr": 2e-3, "seed": 2},
+    "digits-reader-2": {"build": MixingReader, "steps": 2000, "lr": 1e-3, "seed": 2},
 }
 BATCH = 128
 
