@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -52,10 +53,13 @@ def lab(
     command += [f"--LabApp.default_url=/lab/tree/lectures/{first.name}"]
     # nothing may ask the network: no news, no search for updates, no catalogue of extensions
     command += ["--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate", "--LabApp.news_url=None"]
-    command += ["--LabApp.extension_manager=readonly"]
+    command += ["--LabApp.extension_manager=readonly", f"--LabApp.app_settings_dir={Path(__file__).parent / 'jupyter'}"]
     command += [] if browser else ["--no-browser"]
     command += [] if port is None else [f"--port={port}"]
-    raise typer.Exit(subprocess.call(command, cwd=base))
+    os.chdir(base)
+    if os.name == "posix":  # the server takes this process's place, and so its Ctrl-C
+        os.execv(command[0], command)
+    raise typer.Exit(subprocess.call(command))
 
 
 @app.command()

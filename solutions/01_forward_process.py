@@ -134,12 +134,17 @@ betas_of = check("01.3", betas_of)
 t = torch.linspace(0, 1, 1001)[1:].double()
 mine = torch.sigmoid(8 * (0.5 - t)) / torch.sigmoid(torch.tensor(4.0))
 fig, (left, right_) = plt.subplots(1, 2, figsize=(9, 3))
-for name, table in {"linear": linear_betas(), "cosine": cosine_betas(), "mine": betas_of(mine)}.items():
+for name, table in {
+    "linear": linear_betas(),
+    "cosine": cosine_betas(),
+    "mine": betas_of(mine),
+}.items():
     left.plot(t, torch.cumprod(1 - table, 0), label=name)
     right_.semilogy(t, table, label=name)
 left.set(xlabel="time t / T", ylabel=r"$\bar\alpha_t$, share of signal")
 right_.set(xlabel="time t / T", ylabel=r"$\beta_t$, variance of a step")
 left.legend()
+plt.show()
 
 # %% [markdown] item="01.4"
 # How hard is denoising at time $t$? One number tells, whatever the schedule:
@@ -185,6 +190,7 @@ for name, table in {"linear": linear_betas(), "cosine": cosine_betas()}.items():
     ax.semilogy(t, sigma_of(torch.cumprod(1 - table, 0)), label=name)
 ax.set(xlabel="time t / T", ylabel=r"$\sigma$, noise over signal", ylim=(5e-3, 1e3))
 ax.legend()
+plt.show()
 
 # %% [markdown] item="01.6"
 # A network may be asked for the noise $\epsilon$, the clean $x_0$, or the mixture
@@ -260,9 +266,12 @@ for ax, sigma in zip(axes, (2.0, 0.5), strict=True):
     def pull(points, sigma=sigma):
         return denoise_mixture(points, torch.tensor(sigma), ring.weights, ring.means, 0.2) - points
 
-    study.density(ax, lambda points, sigma=sigma: ring.log_prob(points, sigma), extent=(-2.5, 2.5, -2.5, 2.5))
+    study.density(
+        ax, lambda points, sigma=sigma: ring.log_prob(points, sigma), extent=(-2.5, 2.5, -2.5, 2.5)
+    )
     study.field(ax, pull, extent=(-2.5, 2.5, -2.5, 2.5), n=15)
     ax.set_title(rf"$\sigma$ = {sigma}")
+plt.show()
 
 # %% [markdown] item="01.9"
 # And now the loss that trains diffusion models (Ho et al. 2020, Algorithm 1 and Eq. 14): noise each sample to its own
@@ -296,8 +305,12 @@ ddpm_loss = check("01.9", ddpm_loss)
 times = torch.arange(0, 1000, 50)
 x0 = images[: len(times)]
 eps = torch.randn(x0.shape, generator=generator(3))
-loss = ddpm_loss(lambda x, t: torch.zeros_like(x), x0, times, eps, torch.cumprod(1 - betas, 0).float())
-assert abs(float(loss.mean()) - 1) < 4.5 * (2 / eps.numel()) ** 0.5  # mean of eps^2: standard error sqrt(2 / n)
+loss = ddpm_loss(
+    lambda x, t: torch.zeros_like(x), x0, times, eps, torch.cumprod(1 - betas, 0).float()
+)
+assert (
+    abs(float(loss.mean()) - 1) < 4.5 * (2 / eps.numel()) ** 0.5
+)  # mean of eps^2: standard error sqrt(2 / n)
 print("the loss of a network that answers 0 is 1, within its Monte-Carlo error")
 
 # %% [markdown]
