@@ -125,4 +125,5 @@ def describe() -> str:
             with open("/proc/cpuinfo") as file:
                 name = next(line.split(":", 1)[1] for line in file if line.startswith("model name"))
     precision = "bf16" if bf16_pays("cpu") else "fp32"
-    return f"{name.strip()}, {torch.get_num_threads()} threads, {precision} (torch {torch.__version__})"
+    threads = torch.get_num_threads()
+    return f"{name.strip()}, {threads} thread{'s' * (threads > 1)}, {precision} (torch {torch.__version__})"

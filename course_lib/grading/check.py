@@ -37,7 +37,7 @@ def check(item_id: str, fn: Callable[..., Any]) -> Callable[..., Any]:
         print(f"{item_id} not attempted; the cells below use the library's {item.function} until your own is right")
     else:
         print(f"{item_id} {result.status}: {result.message}")
-        print(f'      Stuck? hint("{item_id}"). The cells below use the library\'s {item.function} until then.')
+        print(f'      Stuck? hint("{item_id}"). Until yours is right, the cells below use the library\'s {item.function}.')
     return item.reference
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 
 import pytest
@@ -33,7 +34,7 @@ def test_models_load_and_their_cards_are_complete(name):
     for key in ("name", "command", "data", "parameters", "steps", "seconds", "hardware", "date", "metrics", "sha256", "bytes"):
         assert card[key], key
     assert card["command"] == f"course train {name}"
-    threads = int(card["hardware"].split(" threads")[0].split()[-1])
+    threads = int(re.search(r"(\d+) threads?", card["hardware"])[1])
     assert card["seconds"] * threads <= 2 * 30 * 60  # half an hour on two cores
     assert card["parameters"] == zoo.parameters(zoo.read(name))
 

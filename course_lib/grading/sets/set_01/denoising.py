@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from course_lib.gaussians import Mixture
-from course_lib.grading.items import Case, Outputs, arrays, call, item, law, mistake
+from course_lib.grading.items import Case, Outputs, Unacceptable, arrays, call, item, law, mistake
 from course_lib.grading.sets.tools import T, pictures, right
 from course_lib.schedules import cosine_betas, linear_betas
 
@@ -30,7 +30,9 @@ class X0AndV:
 
     def drive(fn, case: Case) -> Outputs:
         result = call(fn, T(case["x_t"]), T(case["eps"]), T(case["alpha_bar"]))
-        x0, v = result if isinstance(result, tuple) and len(result) == 2 else (result, result)
+        if not (isinstance(result, (tuple, list)) and len(result) == 2):
+            raise Unacceptable(f"the function returns one value of type {type(result).__name__}; expected the pair (x0, v)")
+        x0, v = result
         return arrays(x0=x0, v=v)
 
     def reference(x_t: Tensor, eps: Tensor, alpha_bar: Tensor) -> tuple[Tensor, Tensor]:
@@ -74,6 +76,24 @@ class X0AndV:
     def v_of_xt(x_t, eps, alpha_bar):
         a, b = right(alpha_bar, x_t).sqrt(), right(1 - alpha_bar, x_t).sqrt()
         return (x_t - b * eps) / a, a * eps - b * x_t
+
+    @mistake("the pair is turned round: return x0 first, then v")
+    def pair_turned(x_t, eps, alpha_bar):
+        a, b = right(alpha_bar, x_t).sqrt(), right(1 - alpha_bar, x_t).sqrt()
+        x0 = (x_t - b * eps) / a
+        return a * eps - b * x0, x0
+
+    @mistake("x0 is divided by alpha_bar; x_t carries sqrt(alpha_bar) x0, so divide by the root")
+    def divided_by_alpha_bar(x_t, eps, alpha_bar):
+        a, b = right(alpha_bar, x_t).sqrt(), right(1 - alpha_bar, x_t).sqrt()
+        x0 = (x_t - b * eps) / a**2
+        return x0, a * eps - b * x0
+
+    @mistake("the two parts of v are added; v = sqrt(alpha_bar) eps *minus* sqrt(1 - alpha_bar) x0")
+    def v_added(x_t, eps, alpha_bar):
+        a, b = right(alpha_bar, x_t).sqrt(), right(1 - alpha_bar, x_t).sqrt()
+        x0 = (x_t - b * eps) / a
+        return x0, a * eps + b * x0
 
     @law("x0 does not give x_t back: sqrt(alpha_bar) x0 + sqrt(1 - alpha_bar) eps must equal x_t")
     def gives_back(case: Case, out: Outputs) -> bool:
@@ -125,7 +145,7 @@ class DenoiseGaussian:
     def towards_zero(x, sigma, mean, std):
         return std**2 * x / (std**2 + sigma**2)
 
-    @mistake("x0 = x is right only without noise: this is the likeliest reading and ignores the prior")
+    @mistake("x0 = x is right only without noise: it trusts the reading fully and ignores the prior")
     def no_prior(x, sigma, mean, std):
         return x + 0 * sigma
 
@@ -136,6 +156,14 @@ class DenoiseGaussian:
     @mistake("the score is multiplied by sigma; Tweedie's formula has sigma^2")
     def tweedie_sigma(x, sigma, mean, std):
         return x + sigma * (mean - x) / (std**2 + sigma**2)
+
+    @mistake("the distance to the mean is shrunk, and the mean not added back: the estimate is mean + share * (x - mean)")
+    def not_added_back(x, sigma, mean, std):
+        return std**2 / (std**2 + sigma**2) * (x - mean)
+
+    @mistake("the weighted sum is not divided by the sum of the precisions, 1 / sigma^2 + 1 / std^2")
+    def not_normalised(x, sigma, mean, std):
+        return x / sigma**2 + mean / std**2
 
     @law("x0 must lie between the reading x and the prior's mean")
     def between(case: Case, out: Outputs) -> bool:
@@ -207,6 +235,29 @@ class DenoiseMixture:
         share = torch.softmax(weights.log() - d2 / (2 * (std**2 + sigma**2)), -1)
         return share @ means
 
+    @mistake("the components are averaged with the prior weights, whatever x is; Bayes' rule turns them into p(k | x)")
+    def prior_only(x, sigma, weights, means, std):
+        return _mixed(x, means, sigma, std, weights.log().expand(len(x), -1))
+
+    @mistake("the weights enter the softmax without a logarithm: p(k | x) is a product, so its logarithm is a sum of logarithms")
+    def weights_without_log(x, sigma, weights, means, std):
+        d2 = (x[:, None] - means).square().sum(-1)
+        return _mixed(x, means, sigma, std, weights - d2 / (2 * (std**2 + sigma**2)))
+
+    @mistake("p(k | x) is not normalised: divide weights[k] * N(x; means[k], ...) by its sum over k (softmax does both)")
+    def not_normalised(x, sigma, weights, means, std):
+        d2 = (x[:, None] - means).square().sum(-1)
+        joint = weights * torch.exp(-d2 / (2 * (std**2 + sigma**2)))
+        return (joint[..., None] * (std**2 * x[:, None] + sigma**2 * means) / (std**2 + sigma**2)).sum(1)
+
+    @mistake(
+        "each coordinate chooses its components by itself; a point belongs to one component, so sum the squares over d first"
+    )
+    def each_coordinate(x, sigma, weights, means, std):
+        d2 = (x[:, None] - means).square()
+        share = torch.softmax(weights.log()[:, None] - d2 / (2 * (std**2 + sigma**2)), 1)
+        return (share * (std**2 * x[:, None] + sigma**2 * means) / (std**2 + sigma**2)).sum(1)
+
     @mistake("the distance is not squared: the exponent of a Gaussian has |x - m|^2")
     def plain_distance(x, sigma, weights, means, std):
         d = (x[:, None] - means).norm(dim=-1)
@@ -251,7 +302,11 @@ class DdpmLoss:
 
     def drive(fn, case: Case) -> Outputs:
         alpha_bar = torch.cumprod(1 - TABLES[case["betas"]], 0)
-        return arrays(loss=call(fn, NETS[case["net"]], T(case["x0"]), T(case["t"]), T(case["eps"]), alpha_bar))
+        gain = torch.ones((), dtype=torch.float64, requires_grad=True)  # the network's one parameter
+        net = NETS[case["net"]]
+        loss = call(fn, lambda x, t: gain * net(x, t), T(case["x0"]), T(case["t"]), T(case["eps"]), alpha_bar)
+        learns = isinstance(loss, Tensor) and loss.requires_grad
+        return arrays(loss=loss, gradient=torch.autograd.grad(loss.sum(), gain)[0] if learns else 0.0)
 
     def reference(net, x0: Tensor, t: Tensor, eps: Tensor, alpha_bar: Tensor) -> Tensor:
         a = right(alpha_bar[t], x0)
@@ -289,6 +344,21 @@ class DdpmLoss:
     @mistake("every sample is noised to the time of the first one; index alpha_bar with the whole of t")
     def first_time(net, x0, t, eps, alpha_bar):
         a = alpha_bar[t[0]]
+        return (net(a.sqrt() * x0 + (1 - a).sqrt() * eps, t) - eps).square().flatten(1).mean(1)
+
+    @mistake("the loss is right, but it carries no gradient (detach, no_grad or item): with it no network can learn")
+    def detached(net, x0, t, eps, alpha_bar):
+        a = right(alpha_bar[t], x0)
+        return (net(a.sqrt() * x0 + (1 - a).sqrt() * eps, t) - eps).square().flatten(1).mean(1).detach()
+
+    @mistake("alpha_bar is treated as if it were betas; it is the cumulative product of 1 - beta already, so index it with t")
+    def product_again(net, x0, t, eps, alpha_bar):
+        a = right(torch.cumprod(1 - alpha_bar, 0)[t], x0)
+        return (net(a.sqrt() * x0 + (1 - a).sqrt() * eps, t) - eps).square().flatten(1).mean(1)
+
+    @mistake("the noise level is one step early: t counts from 0, so sample b has alpha_bar[t[b]]")
+    def off_by_one(net, x0, t, eps, alpha_bar):
+        a = right(alpha_bar[t - 1], x0)
         return (net(a.sqrt() * x0 + (1 - a).sqrt() * eps, t) - eps).square().flatten(1).mean(1)
 
     @law("the loss must be one number per sample that is never negative")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -62,19 +60,27 @@ class NoisingStep:
     def same_factor(x_prev, beta, eps):
         return (1 - beta).sqrt() * (x_prev + eps)
 
-    @law(
-        "x_t is not linear in x_prev and eps with the right weights: at beta = 0 the step must return x_prev, at beta = 1 it must return eps"
-    )
-    def mixes(case: Case, out: Outputs) -> bool:
-        beta = case["beta"]
-        return bool(np.allclose(out["x_t"], math.sqrt(1 - beta) * case["x_prev"] + math.sqrt(beta) * case["eps"], rtol=1e-3))
+    @law("x_t is no weighted sum of x_prev and eps; use the eps that is given and draw no other")
+    def weighted_sum(case: Case, out: Outputs) -> bool:
+        return _factors(case["x_prev"], case["eps"], out["x_t"])[1] < 1e-9
+
+    @law("the squares of the factors of x_prev and eps do not add up to 1, so that data of variance 1 would not keep it")
+    def keeps_variance(case: Case, out: Outputs) -> bool:
+        return bool(np.isclose((_factors(case["x_prev"], case["eps"], out["x_t"])[0] ** 2).sum(), 1))
+
+
+def _factors(x: np.ndarray, eps: np.ndarray, x_t: np.ndarray) -> tuple[np.ndarray, float]:
+    """The factors of x and eps in x_t, by least squares, and the share of x_t that they do not explain."""
+    parts = np.stack([x.ravel(), eps.ravel()], 1)
+    factors = np.linalg.lstsq(parts, x_t.ravel(), rcond=None)[0]
+    return factors, float(np.abs(parts @ factors - x_t.ravel()).max() / np.abs(x_t).max())
 
 
 @item(
     "01.2", title="Jump to any time", function="noise_to", points=2, minutes=10, difficulty=1,
     answers=("course_lib.schedules.Schedule.add_noise", "course_lib.schedules.Discrete"),
     hints=(
-        "Two steps in a row are one larger step: the signal's factors multiply, and variances add up to 1 - their product squared.",
+        "Two steps in a row are one larger step: the factors of the signal multiply, and the variances of the two noises add. What share of the variance is still signal?",
         "alpha_bar_t is the product of all (1 - beta_s) up to and including t: torch.cumprod.",
         "x_t = sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) eps; t differs from sample to sample, so reshape to (B, 1, 1, 1).",
     ),
@@ -85,7 +91,7 @@ class NoiseTo:
             {
                 "x0": pictures(rng),
                 "t": rng.integers(1, 12, 4),
-                "betas": rng.uniform(0.05, 0.3, 12),
+                "betas": rng.uniform(0.03, 0.08, 12),  # their sum stays below 1
                 "eps": rng.normal(size=(4, 1, 4, 4)),
             }
             for _ in range(3)
@@ -130,10 +136,36 @@ class NoiseTo:
         a = torch.cumprod(1 - betas, 0)[t[0]]
         return a.sqrt() * x0 + (1 - a).sqrt() * eps
 
+    @mistake("the noise is scaled by sqrt(beta_t), the share of step t alone; after t steps its variance is 1 - alpha_bar_t")
+    def beta_noise(x0, t, betas, eps):
+        a = right(torch.cumprod(1 - betas, 0)[t], x0)
+        return a.sqrt() * x0 + right(betas[t], x0).sqrt() * eps
+
+    @mistake("the factor of x0 has no square root: alpha_bar is a share of variance, and x0 is scaled by its root")
+    def signal_without_root(x0, t, betas, eps):
+        a = right(torch.cumprod(1 - betas, 0)[t], x0)
+        return a * x0 + (1 - a).sqrt() * eps
+
+    @mistake("signal and noise have changed places: sqrt(alpha_bar) belongs to x0 and sqrt(1 - alpha_bar) to eps")
+    def swapped(x0, t, betas, eps):
+        a = right(torch.cumprod(1 - betas, 0)[t], x0)
+        return (1 - a).sqrt() * x0 + a.sqrt() * eps
+
+    @mistake(
+        "the factors have shape (B,) and meet the *last* axis, so that they change from column to column; reshape them to (B, 1, 1, 1)"
+    )
+    def along_the_width(x0, t, betas, eps):
+        a = torch.cumprod(1 - betas, 0)[t]
+        return a.sqrt() * x0 + (1 - a).sqrt() * eps
+
     @mistake("the betas are summed: 1 - sum(beta) agrees with the product only while the betas are tiny")
     def summed(x0, t, betas, eps):
-        a = right((1 - torch.cumsum(betas, 0)).clamp_min(0.0)[t], x0)
+        a = right((1 - torch.cumsum(betas, 0))[t], x0)
         return a.sqrt() * x0 + (1 - a).sqrt() * eps
+
+    @law("a sample is no weighted sum of its x0 and its eps; use the eps that is given, and one factor for a whole sample")
+    def weighted_sum(case: Case, out: Outputs) -> bool:
+        return all(_factors(*sample)[1] < 1e-9 for sample in zip(case["x0"], case["eps"], out["x_t"], strict=True))
 
 
 @item(
@@ -180,7 +212,12 @@ class BetasOf:
         before = torch.cat([torch.ones_like(alpha_bar[:1]), alpha_bar[:-1]])
         return (1 - (alpha_bar / before).sqrt()).clamp_max(0.999)
 
-    @mistake("the last beta is not clipped: at 0.999 or above the step leaves no signal at all")
+    @mistake("this is 1 - beta_t, what step t keeps; beta_t is what it adds")
+    def kept(alpha_bar):
+        before = torch.cat([torch.ones_like(alpha_bar[:1]), alpha_bar[:-1]])
+        return (alpha_bar / before).clamp_max(0.999)
+
+    @mistake("the last beta is not clipped: where alpha_bar reaches 0 it is 1, and a step that keeps nothing cannot be undone")
     def unclipped(alpha_bar):
         before = torch.cat([torch.ones_like(alpha_bar[:1]), alpha_bar[:-1]])
         return 1 - alpha_bar / before
@@ -225,6 +262,10 @@ class LogSnr:
     @mistake("this is in decibel, 10 log10 SNR; here and in the papers log SNR is in nats")
     def decibel(alpha_bar):
         return 10 * (alpha_bar / (1 - alpha_bar)).log10()
+
+    @mistake("this is the logarithm to base 10; log SNR is the natural logarithm, torch.log")
+    def base_ten(alpha_bar):
+        return (alpha_bar / (1 - alpha_bar)).log10()
 
     @mistake("this is the signal's share, log alpha_bar, and not its ratio to the noise")
     def share(alpha_bar):
@@ -277,7 +318,7 @@ class SigmaOf:
         return (1 - alpha_bar).sqrt() / alpha_bar
 
     @mistake(
-        "the root stands over 1 - alpha_bar only after dividing by 1 - sqrt(alpha_bar): the noise has variance 1 - alpha_bar"
+        "the noise is scaled by 1 - sqrt(alpha_bar) here; its deviation in x_t is sqrt(1 - alpha_bar), a root over the difference"
     )
     def of_roots(alpha_bar):
         return (1 - alpha_bar.sqrt()) / alpha_bar.sqrt()
