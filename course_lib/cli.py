@@ -169,13 +169,13 @@ def grade(
             "grading runs the submissions' code, and this version has no sandbox; "
             "grade only what you trust, with --trust-submissions"
         )
-    paths = [path for given in submissions for path in (sorted(given.glob("*.ipynb")) if given.is_dir() else [given])]
+    paths = grader.collect(submissions)
     if not paths:
         raise ValueError(f"no notebooks in {', '.join(map(str, submissions))}; expected files that end in .ipynb")
     console.print("[yellow]trusted: the code of these submissions runs with your rights[/]")
     with grader.Worker() as worker:
-        for path in paths:
-            sheet = grader.grade(path, seed=seed, worker=worker)
+        for path, name in paths.items():
+            sheet = grader.grade(path, seed=seed, worker=worker, name=name)
             console.print(sheet.text(), markup=False, highlight=False, soft_wrap=True)
             console.print(f"written: {grader.write(sheet, out)}")
 

@@ -417,7 +417,7 @@ print("all four rows of the table hold")
 # a U-Net trained on the same 1,437 images, does something else. Look at *held-out* digits, through both (noisy ones are shown as $x/\sqrt{1+\sigma^2}$, clipped; the network is not told the class).
 
 # %%
-D = zoo.load("digits")
+D = zoo.load("digits", device="cpu")  # small enough that a GPU would not help
 memory = Empirical(images)
 six = held_out[:6]
 rows, titles = [list(six)], ["clean"]

@@ -109,7 +109,7 @@ class Worker:
 class Sheet:
     """The score sheet of one submission."""
 
-    file: str
+    name: str
     set: str
     points: int
     out_of: int
@@ -118,7 +118,7 @@ class Sheet:
 
     def text(self) -> str:
         """The sheet for people: a line per item, then the sum."""
-        lines = [f"{self.file}: {self.points} of {self.out_of} points"]
+        lines = [f"{self.name}: {self.points} of {self.out_of} points"]
         if self.error:
             lines.append(f"  {self.error}")
         for row in self.results:
@@ -127,7 +127,22 @@ class Sheet:
         return "\n".join(lines)
 
 
-def grade(path: Path, seed: int | None = None, seconds: float = SECONDS, worker: Worker | None = None) -> Sheet:
+def collect(given: list[Path]) -> dict[Path, str]:
+    """The notebooks in files and folders (searched to the bottom), each with a name that no other has."""
+    paths = [p for one in given for p in (sorted(one.rglob("*.ipynb")) if one.is_dir() else [one])]
+    paths = list(dict.fromkeys(path for path in paths if ".ipynb_checkpoints" not in path.parts))
+    names: dict[Path, str] = {}
+    for path in paths:
+        parts, depth = path.resolve().with_suffix("").parts, 1
+        while any(other != path and other.resolve().with_suffix("").parts[-depth:] == parts[-depth:] for other in paths):
+            depth += 1
+        names[path] = "-".join(parts[-depth:])
+    return names
+
+
+def grade(
+    path: Path, seed: int | None = None, seconds: float = SECONDS, worker: Worker | None = None, name: str | None = None
+) -> Sheet:
     """Grade one notebook, on cases from `seed` or from a secret one.
 
     An item at which the grader itself fails is an 'infrastructure error', to be graded again.
@@ -136,11 +151,11 @@ def grade(path: Path, seed: int | None = None, seconds: float = SECONDS, worker:
         notebook = submission.read(path)
         number = submission.guess_set(Path(path), notebook)
     except submission.Unreadable as error:
-        return Sheet(Path(path).name, "", 0, 0, error=f"{verdicts.UNREADABLE}: {error}")
+        return Sheet(name or Path(path).stem, "", 0, 0, error=f"{verdicts.UNREADABLE}: {error}")
     seed = secrets.randbits(32) if seed is None else seed
     items = items_of(number)
     answers = submission.answers(notebook, number)
-    sheet = Sheet(Path(path).name, number, 0, sum(item.points for item in items.values()))
+    sheet = Sheet(name or Path(path).stem, number, 0, sum(item.points for item in items.values()))
     with contextlib.ExitStack() as stack:
         worker = worker or stack.enter_context(Worker())
         for item in items.values():
@@ -163,9 +178,8 @@ def _grade_item(item: Item, answer: submission.Answer, worker: Worker, seed: int
 
 
 def write(sheet: Sheet, folder: Path) -> Path:
-    """Write SHEET.json and SHEET.txt into `folder`; returns the path of the JSON."""
-    stem = Path(folder) / Path(sheet.file).stem
-    target = stem.with_name(f"{stem.name}.json")
+    """Write NAME.json and NAME.txt into `folder`; returns the path of the JSON."""
+    target = Path(folder) / f"{sheet.name}.json"
     write_atomically(target, lambda path: path.write_text(json.dumps(asdict(sheet), indent=2) + "\n"))
-    write_atomically(stem.with_name(f"{stem.name}.txt"), lambda path: path.write_text(sheet.text() + "\n"))
+    write_atomically(Path(folder) / f"{sheet.name}.txt", lambda path: path.write_text(sheet.text() + "\n"))
     return target

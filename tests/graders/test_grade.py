@@ -129,6 +129,16 @@ def test_score_sheet_is_written_as_text_and_json(tmp_path, worker):
     assert "0 of 17 points" in path.with_suffix(".txt").read_text()
 
 
+def test_submissions_of_one_name_get_sheets_of_their_own(tmp_path):
+    for student in ("ada", "bea"):
+        (tmp_path / student / ".ipynb_checkpoints").mkdir(parents=True)
+        save(built("01", "blank"), tmp_path / student)
+        save(built("01", "blank"), tmp_path / student / ".ipynb_checkpoints")
+    names = grader.collect([tmp_path, tmp_path / "ada"])
+    assert sorted(names.values()) == ["ada-01_forward_process", "bea-01_forward_process"]
+    assert list(grader.collect([tmp_path / "ada"]).values()) == ["01_forward_process"]
+
+
 def test_secret_seeds_differ_and_answers_by_table_fail(tmp_path, worker):
     """A function that answers the notebook's public cases from a table earns nothing under another seed."""
     drawn = verdicts.exam("01.4", 0)
