@@ -187,14 +187,20 @@ def train(
     start: Annotated[str | None, typer.Option("--from", help="'zoo': begin with the embedded weights.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; the best present when left out.")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Ignore the checkpoint of an interrupted run.")] = False,
+    judge: Annotated[
+        bool, typer.Option("--judge", help="Train nothing; judge the embedded weights and renew their card.")
+    ] = False,
 ) -> None:
     """Train a model by its recipe, judge it, and write its weights and card. Interrupted? The same command goes on.
 
     Example: `course train digits`
     """
-    from course_lib.zoo.train import train as run
+    from course_lib.zoo import train as trainer
 
-    console.print(f"written: {run(name, steps=steps, start=start, device=device, fresh=fresh)}")
+    if judge:
+        console.print(f"written: {trainer.judge(name)} and its card")
+        return
+    console.print(f"written: {trainer.train(name, steps=steps, start=start, device=device, fresh=fresh)}")
 
 
 @app.command()

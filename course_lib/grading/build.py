@@ -9,6 +9,7 @@ A rebuild gives identical cells and metadata; an interruption leaves the last go
 from __future__ import annotations
 
 import base64
+import copy
 import io
 import re
 import time
@@ -112,6 +113,7 @@ def execute(notebook: NotebookNode, folder: Path, name: str) -> None:
     from nbclient import NotebookClient
     from nbclient.exceptions import CellExecutionError
 
+    metadata = copy.deepcopy(notebook.metadata)  # the kernel adds its version and the state of widgets
     client = NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(folder)}},
                             record_timing=False, store_widget_state=False)  # fmt: skip
     try:
@@ -123,7 +125,7 @@ def execute(notebook: NotebookNode, folder: Path, name: str) -> None:
         if cell.cell_type == "code":
             cell.outputs = _merge([kept for output in cell.outputs if (kept := _strip(output)) is not None])
             cell.metadata["outputs_of"] = cell.metadata["source_hash"]
-    notebook.metadata.pop("widgets", None)
+    notebook.metadata = metadata
 
 
 def _merge(outputs: list[NotebookNode]) -> list[NotebookNode]:

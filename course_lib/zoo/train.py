@@ -1,4 +1,4 @@
-"""`course train NAME`: run a recipe, judge the result as it will be loaded, and write weights and card."""
+"""`course train NAME`: run a recipe, judge the result as it will be loaded, and write weights and card; or judge again."""
 
 from __future__ import annotations
 
@@ -51,3 +51,10 @@ def train(
     target = zoo.save(name, trained, facts) if folder is None else zoo.save(name, trained, facts, folder, folder)
     checkpoint.unlink(missing_ok=True)
     return target
+
+
+def judge(name: str) -> Path:
+    """Judge the embedded weights again and write the new numbers into their card; returns the path of the weights."""
+    card = zoo.card(name)
+    card["metrics"] = zoo.recipe(name).judge(name, zoo.read(name))
+    return zoo.save(name, zoo.read(name), {key: value for key, value in card.items() if key not in ("name", "bytes", "sha256")})

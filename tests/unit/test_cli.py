@@ -163,5 +163,5 @@ def test_readme_names_commands_and_files_that_exist():
         assert word in known, word
     for target in re.findall(r"\]\((?!https?://)([^)#]+)\)", text):
         assert (paths.root() / target).exists(), target
-    for target in re.findall(r"make ([a-z]+)", text):
+    for target in re.findall(r"(?:`|^)make ([a-z]+)(?:`|$)", text, re.M):
         assert re.search(rf"^{target}:", (paths.root() / "Makefile").read_text(), re.M), target
