@@ -8,6 +8,7 @@ from pathlib import Path
 from course_lib import devices, zoo
 
 RUNS = Path("runs")
+CONTINUED = 3e-4
 
 
 def train(
@@ -21,33 +22,38 @@ def train(
 ) -> Path:
     """Train the model of this name; returns the path of its weights.
 
-    A run that was interrupted goes on from its checkpoint in runs/ (`fresh` starts anew). `start='zoo'`
-    begins with the embedded weights. A run of other than the recipe's own length goes to runs/ (or
-    `out`) and leaves the embedded model as it is. Raises ZooError for an unknown name.
+    A run that was interrupted goes on from its checkpoint in runs/ (`fresh` starts anew). `start='zoo'` continues
+    with the embedded weights, on other batches, at the learning rate CONTINUED; the card then names both commands.
+    A new run of other than the recipe's own length goes to runs/ and leaves the embedded model as it is; `out` is
+    another folder for weights and card. Raises ZooError for an unknown name.
     """
     recipe = zoo.recipe(name)
     if start not in (None, "zoo"):
         raise ValueError(f"--from {start}; expected 'zoo', the embedded weights")
     if steps is not None and steps < 1:
         raise ValueError(f"steps = {steps}; expected at least 1")
-    net = zoo.read(name).requires_grad_(True) if start == "zoo" else None
+    options = {} if steps is None else {"steps": steps}
+    before = {"command": "", "steps": 0, "seconds": 0}
+    if start == "zoo":
+        before = zoo.card(name)
+        options |= {"net": zoo.read(name).requires_grad_(True), "lr": CONTINUED, "seed": before["steps"]}
     checkpoint = RUNS / f"{name}.ckpt"
     if fresh:
         checkpoint.unlink(missing_ok=True)
-    fit = recipe.train(name, net=net, device=device, checkpoint=checkpoint, **({} if steps is None else {"steps": steps}))
+    fit = recipe.train(name, device=device, checkpoint=checkpoint, **options)
     trained = zoo.in_half(fit.net.cpu())
-    option = "".join(f" --{key} {value}" for key, value in (("steps", steps), ("from", start)) if value is not None)
+    asked = "".join(f" --{key} {value}" for key, value in (("from", start), ("steps", steps)) if value is not None)
     facts = {
-        "command": f"course train {name}{option}",
+        "command": " && ".join(filter(None, (before["command"], f"course train {name}{asked}"))),
         "data": recipe.DATA,
         "parameters": zoo.parameters(trained),
-        "steps": len(fit.losses),
-        "seconds": round(fit.seconds),
+        "steps": before["steps"] + len(fit.losses),
+        "seconds": before["seconds"] + round(fit.seconds),
         "hardware": devices.describe(),
         "date": datetime.date.today().isoformat(),
         "metrics": recipe.judge(name, trained),
     }
-    folder = out or (RUNS / name if steps is not None else None)
+    folder = out or (RUNS / name if steps is not None and start is None else None)
     target = zoo.save(name, trained, facts) if folder is None else zoo.save(name, trained, facts, folder, folder)
     checkpoint.unlink(missing_ok=True)
     return target

@@ -33,7 +33,7 @@ def test_models_load_and_their_cards_are_complete(name):
     card = zoo.card(name)
     for key in ("name", "command", "data", "parameters", "steps", "seconds", "hardware", "date", "metrics", "sha256", "bytes"):
         assert card[key], key
-    assert card["command"] == f"course train {name}"
+    assert card["command"].startswith(f"course train {name}")
     threads = int(re.search(r"(\d+) threads?", card["hardware"])[1])
     assert card["seconds"] * threads <= 2 * 30 * 60  # half an hour on two cores
     assert card["parameters"] == zoo.parameters(zoo.read(name))
@@ -102,8 +102,8 @@ def test_the_grid_shrinks_samples_less():
         return product / math.sqrt(s * s / (s * s + float(sigmas[0]) ** 2))
 
     s = float(digits.load("train")[0].std())
-    assert 1 - kept(recipe.grid(50), s) == pytest.approx(0.04, abs=0.005)
-    assert 1 - kept(karras(50, 0.002, 40.0), s) == pytest.approx(0.05, abs=0.005)
+    assert 1 - kept(recipe.grid(50), s) == pytest.approx(0.035, abs=0.003)
+    assert 1 - kept(karras(50, 0.002, 40.0), s) == pytest.approx(0.05, abs=0.003)
 
 
 def test_damaged_weights_are_one_clear_line(copy):
@@ -166,5 +166,10 @@ def test_train_command_writes_weights_and_card_beside_the_zoo(tmp_path, monkeypa
     card = json.loads((path.parent / "digits-reader.json").read_text())
     assert path.is_relative_to("runs") and card["command"] == "course train digits-reader --steps 4" and card["steps"] == 4
     assert not (tmp_path / "runs" / "digits-reader.ckpt").exists()
+    before = zoo.card("digits-reader")
+    path = train("digits-reader", steps=2, start="zoo", out=tmp_path)
+    card = json.loads((tmp_path / "digits-reader.json").read_text())
+    assert card["command"] == "course train digits-reader && course train digits-reader --from zoo --steps 2"
+    assert card["steps"] == before["steps"] + 2 and card["metrics"]["accuracy_held_out"] > 0.9
     with pytest.raises(ValueError, match="expected 'zoo'"):
         train("digits-reader", start="elsewhere")

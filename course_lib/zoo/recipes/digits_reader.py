@@ -34,7 +34,14 @@ def wrap(net: nn.Module) -> nn.Module:
     return net.eval()
 
 
-def train(name: str, net: nn.Module | None = None, steps: int | None = None, **options: Any) -> Fit:
+def train(
+    name: str,
+    net: nn.Module | None = None,
+    steps: int | None = None,
+    lr: float | None = None,
+    seed: int | None = None,
+    **options: Any,
+) -> Fit:
     """Cross-entropy on shifted, slightly noisy training digits."""
     spec = VARIANTS[name]
     images, labels = digits.load("train")
@@ -48,10 +55,10 @@ def train(name: str, net: nn.Module | None = None, steps: int | None = None, **o
     def loss(net: nn.Module, x: Tensor, label: Tensor) -> Tensor:
         return F.cross_entropy(net(x).float(), label, reduction="none", label_smoothing=0.05)
 
-    torch.manual_seed(spec["seed"])
+    steps, lr, seed = (spec[key] if given is None else given for key, given in (("steps", steps), ("lr", lr), ("seed", seed)))
+    torch.manual_seed(seed)
     net = network(name) if net is None else net
-    steps = spec["steps"] if steps is None else steps
-    return fit(net, draw, loss, steps=steps, lr=spec["lr"], weight_decay=0.02, seed=spec["seed"], half=False, **options)
+    return fit(net, draw, loss, steps=steps, lr=lr, weight_decay=0.02, seed=seed, half=False, **options)
 
 
 @torch.no_grad()
