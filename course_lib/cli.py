@@ -259,7 +259,13 @@ def bench(
 
     rows = benchmarks.run(names or None)
     shown = [
-        [r["name"], f"{r['ours_s']:.4f} s", f"{r['other_s']:.4f} s  {r['other']}", f"{r['ratio']:.3f}", str(r["limit"] or "")]
+        [
+            r["name"],
+            f"{r['ours_s']:.4f} s",
+            f"{r['other_s']:.4f} s  {r['other']}",
+            f"{r['ratio']:.3f}",
+            "" if r["limit"] is None else f"{r['limit']:.3f}",
+        ]
         for r in rows
     ]
     _table("ratios: ours over other", ["benchmark", "ours", "other", "ratio", "limit"], shown)
