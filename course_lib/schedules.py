@@ -263,6 +263,18 @@ def uniform(schedule: Schedule, n: int, t_min: float | None = None, t_max: float
     return torch.cat([levels, torch.zeros(1, dtype=F64)])
 
 
+def equal_information(n: int, sigma_min: float, sigma_max: float = 80.0) -> Tensor:
+    """n levels from sigma_max down to sigma_min, evenly spaced in log(1 + 1/sigma^2); (n,) float64, no level 0.
+
+    log(1 + SNR) / 2 is what x tells about data of variance 1, in nats per number: each step reveals as much as any other.
+    """
+    if n < 2 or not 0 < sigma_min < sigma_max:
+        got = f"n = {n}, sigma_min = {sigma_min}, sigma_max = {sigma_max}"
+        raise ValueError(f"{got}; expected n >= 2 and 0 < sigma_min < sigma_max")
+    ends = [math.log1p(sigma**-2) for sigma in (sigma_max, sigma_min)]
+    return torch.expm1(torch.linspace(*ends, n, dtype=F64)).rsqrt()
+
+
 CONTINUOUS = {schedule.name: schedule for schedule in (Linear, Cosine, EDM, Flow)}
 TABLES = {"linear": linear_betas, "scaled_linear": scaled_linear_betas, "cosine": cosine_betas}
 

@@ -51,3 +51,22 @@ def swiss_roll(n: int, generator: torch.Generator | None = None, std: float = 0.
     angle = 1.5 * math.pi * (1 + 2 * torch.rand(n, generator=generator))
     spiral = torch.stack([angle.cos(), angle.sin()], -1) * angle[:, None] / (4.5 * math.pi)
     return spiral + std * torch.randn(n, 2, generator=generator)
+
+
+def classroom_roll(n: int, generator: torch.Generator | None = None) -> Tensor:
+    """The swiss roll of many an assignment, a curve without noise, (n, 2) fp32 within about 4 of the origin.
+
+    The two rolled coordinates, (t cos t, t sin t), of scikit-learn's `make_swiss_roll(n, noise=0, hole=True)`: t is uniform
+    on each third of [1.5 pi, 4.5 pi], and the middle one, which has the hole, holds 2 of 8 points. All entries together
+    have mean 0 and deviation 2, by their exact moments, so that two sets lie on the same curve.
+    """
+    ends = 1.5 * math.pi + math.pi * torch.arange(4, dtype=F64)
+    share = torch.tensor([3, 2, 3], dtype=F64) / 8
+    x = share @ (ends * ends.sin() + ends.cos()).diff() / math.pi  # E[t cos t], E[t sin t], E[t^2]
+    y = share @ (ends.sin() - ends * ends.cos()).diff() / math.pi
+    square = share @ (ends**3 / 3).diff() / math.pi
+    mean = (x + y) / 2
+    third = torch.multinomial(share, n, replacement=True, generator=generator)
+    t = ends[third] + math.pi * torch.rand(n, generator=generator)
+    roll = torch.stack([t.cos(), t.sin()], -1) * t[:, None]
+    return (2 * (roll - mean) / (square / 2 - mean**2).sqrt()).float()

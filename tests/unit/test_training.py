@@ -235,9 +235,19 @@ def test_a_finished_run_is_returned_as_it_is(tmp_path):
 def test_another_run_does_not_continue_this_one(tmp_path):
     path = tmp_path / "run.pt"
     short(checkpoint=path, stop_at=10)
-    for other in ({"steps": 50}, {"seed": 1}):
-        with pytest.raises(ValueError, match="belongs to a run of 40 steps with seed 0; expected"):
-            short(checkpoint=path, **other)
+    for name, was, other in (
+        ("steps", 40, 50),
+        ("seed", 0, 1),
+        ("lr", 0.001, 0.1),
+        ("warmup", 5, 0),
+        ("betas", r"\(0.9, 0.99\)", (0.5, 0.9)),
+        ("weight_decay", 0.0, 0.1),
+        ("clip", 1.0, 2.0),
+        ("ema_decay", 0.999, 0.9),
+    ):
+        with pytest.raises(ValueError, match=f"run.pt belongs to a run with {name} = {was}; expected {name} = "):
+            short(checkpoint=path, **{name: other})
+    assert len(short(checkpoint=path).losses) == 40
 
 
 def test_batches_and_dropout_are_functions_of_the_step():

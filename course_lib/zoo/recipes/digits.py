@@ -15,7 +15,7 @@ from torch import Tensor
 from course_lib.denoisers import NetworkDenoiser, from_edm
 from course_lib.nets.unet import UNet
 from course_lib.schedules import karras
-from course_lib.training import Fit, denoising_loss, edm_weight, fit, lognormal_sigmas
+from course_lib.training import Fit, check_data, denoising_loss, edm_weight, fit, lognormal_sigmas
 from course_lib.worlds import digits
 
 DATA = "scikit-learn's load_digits, the first 1,437 images of the file, 16 x 16"
@@ -50,6 +50,7 @@ def train(
 ) -> Fit:
     """Minimise EDM's loss on the training digits."""
     images, labels = digits.load("train")
+    check_data(images, "images")
 
     def draw(generator: torch.Generator) -> tuple[Tensor, ...]:
         rows = torch.randint(len(images), (BATCH,), generator=generator)

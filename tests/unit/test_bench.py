@@ -1,0 +1,75 @@
+"""Benchmarks: rows of both kinds, limits that fail, and the classroom's swiss roll."""
+
+import json
+import math
+
+import pytest
+import scipy.stats
+import torch
+from sklearn.datasets import make_swiss_roll
+from torch.testing import assert_close
+from typer.testing import CliRunner
+
+from course_lib import bench, cli
+from course_lib.worlds.toys import classroom_roll
+
+SE = 4.5  # standard errors
+F64 = torch.float64
+RATIO = {"name": "r", "ours_s": 2.0, "other_s": 1.0, "other": "peer", "ratio": 2.0, "limit": 1.5}
+VALUE = {"name": "v", "value": 7.25, "unit": "m", "beside": "twice the floor", "limit": 8.0}
+
+
+def test_over_compares_the_figure_of_either_kind_of_row():
+    rows = [RATIO, VALUE, RATIO | {"limit": 2.0}, VALUE | {"limit": 7.0}, VALUE | {"limit": None}, RATIO | {"limit": None}]
+    assert [bench.figure(row) for row in rows[:2]] == [2.0, 7.25]
+    assert bench.over(rows) == [rows[0], rows[3]]
+    assert bench.over([VALUE | {"value": math.nan}]) and not bench.over([VALUE | {"value": math.nan, "limit": None}])
+
+
+@pytest.mark.parametrize(("rows", "code"), [([RATIO | {"limit": None}, VALUE], 0), ([VALUE | {"limit": 7.0}], 1), ([RATIO], 1)])
+def test_the_command_prints_both_kinds_and_fails_over_a_limit(rows, code, monkeypatch, tmp_path):
+    monkeypatch.setattr(bench, "BENCHMARKS", {"some": lambda: rows})
+    file = tmp_path / "rows.json"
+    result = CliRunner().invoke(cli.app, ["bench", "some", "--json", str(file)])
+    assert result.exit_code == code
+    assert ("ratios" in result.output) == any("ratio" in row for row in rows)
+    assert ("7.250" in result.output) == ("values" in result.output) == any("value" in row for row in rows)
+    written = json.loads(file.read_text())
+    assert [{key: row[key] for key in row if key not in ("hardware", "versions")} for row in written] == rows
+    assert all("torch" in row["versions"] for row in written)
+    if code:
+        assert str(result.exception) == f"over the limit: {rows[0]['name']}"
+
+
+def test_the_classroom_roll_is_scikit_learns():
+    """On the spiral once the standardisation is undone, by moments from quadrature; and the angles are scikit-learn's.
+
+    Kolmogorov's distance of two sets of n exceeds 2.6 sqrt(2 / n) with probability 2 exp(-2 * 2.6^2) = 3e-6.
+    """
+    n = 20_000
+    angle = 1.5 * math.pi + 3 * math.pi * (torch.arange(300_000, dtype=F64) + 0.5) / 300_000
+    share = torch.tensor([3.0, 2.0, 3.0], dtype=F64).repeat_interleave(100_000) / 8 / 100_000
+    entries = torch.stack([angle * angle.cos(), angle * angle.sin()])
+    mean = float((share * entries).sum() / 2)
+    std = math.sqrt(float((share * entries**2).sum() / 2) - mean**2)
+    ours = classroom_roll(n, torch.Generator().manual_seed(0))
+    assert ours.shape == (n, 2) and ours.dtype == torch.float32
+    back = ours.double() * std / 2 + mean
+    t = back.norm(dim=1)
+    assert_close(back, torch.stack([t * t.cos(), t * t.sin()], -1), rtol=0, atol=1e-4)  # fp32 near 14
+    theirs = make_swiss_roll(n, noise=0.0, hole=True, random_state=0)[1]
+    assert scipy.stats.ks_2samp(t.numpy(), theirs).statistic < 2.6 * math.sqrt(2 / n)
+
+
+def test_a_short_swiss_roll_has_every_row_and_an_untrained_network_fails():
+    rows = bench.bench_swissroll(seeds=1, steps=30, points=200)
+    assert [row["name"] for row in rows] == [
+        "swiss roll: two exact sets",
+        "swiss roll, seed 0: training",
+        "swiss roll, seed 0: DDPM, 1000 steps",
+        "swiss roll, seed 0: DDIM, 50 steps",
+    ]
+    floor, training, ddpm, ddim = rows
+    assert floor["limit"] is None and (training["limit"], ddpm["limit"], ddim["limit"]) == (30.0, 18.0, 60.0)
+    assert bench.over(rows) == [ddpm, ddim]
+    assert ddpm["beside"] == f"{ddpm['value'] / floor['value']:.1f} times the floor"
