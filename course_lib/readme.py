@@ -38,6 +38,9 @@ def models() -> str:
         metrics = card["metrics"]
         if "accuracy_held_out" in metrics:
             said = f"{metrics['accuracy_held_out']:.1%} of held-out digits read"
+        elif "seeds" in metrics:
+            three = [", ".join(f"{row[key]:.2f}" for row in metrics["seeds"]) for key in ("precision", "recall")]
+            said = f"three seeds: precision {three[0]}; recall {three[1]}"
         else:
             quality = metrics["quality_at_guidance_1"]
             read = min(metrics["class_read_as_asked"].values())

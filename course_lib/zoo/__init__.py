@@ -28,6 +28,11 @@ RECIPES = {
     "digits": "course_lib.zoo.recipes.digits",
     "digits-reader": "course_lib.zoo.recipes.digits_reader",
     "digits-reader-2": "course_lib.zoo.recipes.digits_reader",
+    **{
+        f"{world}-{family}": "course_lib.zoo.recipes.compared"
+        for world in ("ring", "digits")
+        for family in ("gan", "vae", "flow", "diffusion")
+    },
 }
 HERE = Path(__file__).parent
 WEIGHTS, CARDS = HERE / "weights", HERE / "cards"
@@ -73,7 +78,8 @@ def available(name: str) -> bool:
 
 
 def load(name: str, device: str | None = None) -> Any:
-    """Return the trained model of this name, in evaluation mode: a Denoiser, or for readers the network.
+    """Return the trained model of this name, in evaluation mode: a Denoiser; for readers the network; for `ring-*` and
+    `digits-*` the three models of a family, one for each seed.
 
     Raises ZooError, in one line, for an unknown name, missing or damaged weights, or a wrong hash.
     """

@@ -39,7 +39,7 @@ def train(
         options |= {"net": zoo.read(name).requires_grad_(True), "lr": CONTINUED, "seed": before["steps"]}
     checkpoint = RUNS / f"{name}.ckpt"
     if fresh:
-        checkpoint.unlink(missing_ok=True)
+        _forget(name)
     fit = recipe.train(name, device=device, checkpoint=checkpoint, **options)
     trained = zoo.in_half(fit.net.cpu())
     asked = "".join(f" --{key} {value}" for key, value in (("from", start), ("steps", steps)) if value is not None)
@@ -55,8 +55,14 @@ def train(
     }
     folder = out or (RUNS / name if steps is not None and start is None else None)
     target = zoo.save(name, trained, facts) if folder is None else zoo.save(name, trained, facts, folder, folder)
-    checkpoint.unlink(missing_ok=True)
+    _forget(name)
     return target
+
+
+def _forget(name: str) -> None:
+    """Delete the checkpoints of a run; a recipe of several networks has one for each, NAME.0.ckpt and so on."""
+    for path in RUNS.glob(f"{name}.*ckpt"):
+        path.unlink()
 
 
 def judge(name: str) -> Path:
