@@ -141,13 +141,13 @@ def _merge(outputs: list[NotebookNode]) -> list[NotebookNode]:
 
 
 def _smaller(encoded: str) -> str:
-    """The same PNG with a palette where the eye cannot tell; an animation stays as it is."""
+    """The same PNG with as few colours as the eye cannot tell from it; an animation stays as it is."""
     from PIL import Image
 
     picture = Image.open(io.BytesIO(base64.b64decode(encoded)))
-    if getattr(picture, "is_animated", False) or picture.mode == "P":
+    if getattr(picture, "is_animated", False):
         return encoded
-    smaller = base64.b64encode(small_png(picture.convert("RGB"))).decode()
+    smaller = base64.b64encode(small_png(picture.convert("RGB"), palettes=(32, 64, 128, 256))).decode()
     return min(smaller, encoded, key=len)
 
 

@@ -1,7 +1,10 @@
 """Plots, pictures and explorers for the lectures; the only part of the library that imports matplotlib and ipywidgets."""
 
+from course_lib.study.code import source
+from course_lib.study.debugger import DebugExplorer
 from course_lib.study.explorer import Explorer
 from course_lib.study.explorers import ReverseExplorer, ScheduleExplorer
+from course_lib.study.particles import ParticleExplorer
 from course_lib.study.pictures import animate, canvas, grid, png, render, strip, tile
 from course_lib.study.points import density, field, plane, scatter
 from course_lib.study.style import COLOURS, DENSITY, use
@@ -9,7 +12,9 @@ from course_lib.study.style import COLOURS, DENSITY, use
 __all__ = [
     "COLOURS",
     "DENSITY",
+    "DebugExplorer",
     "Explorer",
+    "ParticleExplorer",
     "ReverseExplorer",
     "ScheduleExplorer",
     "animate",
@@ -21,6 +26,7 @@ __all__ = [
     "png",
     "render",
     "scatter",
+    "source",
     "strip",
     "tile",
     "use",

@@ -16,7 +16,7 @@ from course_lib.devices import SampleNoise
 from course_lib.sample import Trajectory, sample
 from course_lib.steps import ddim
 from course_lib.study import pictures, style
-from course_lib.study.explorer import Explorer
+from course_lib.study.explorer import Explorer, keep_share
 from course_lib.types import Denoiser, Noise, Step, check_grid
 from course_lib.worlds import digits
 
@@ -162,7 +162,7 @@ class ReverseExplorer(Explorer):
         controls = {"level": level, "seed": widgets.BoundedIntText(seed, min=0, max=2**31 - 1, description="seed")}
         if fixed is None:
             controls["steps"] = widgets.IntSlider(steps, min=1, max=60, description="steps")
-            controls["steps"].observe(self._rescale, names="value")
+            keep_share(level, controls["steps"])
         super().__init__(controls)
 
     def _build(self) -> None:
@@ -184,13 +184,6 @@ class ReverseExplorer(Explorer):
         self._heading = self._figure.text(middle, 1 - head / 2 / total[1], "", ha="center", va="center", fontsize=15)
         caption = "$x_t$ is shown as $x / \\sqrt{1 + \\sigma^2}$, and both rows are clipped to [−1, 1]"
         self._figure.text(middle, foot / 2 / total[1], caption, ha="center", va="center", fontsize=12)
-
-    def _rescale(self, change: dict) -> None:
-        """Keep the level at its share of the way when the number of steps changes."""
-        level = self.controls["level"]
-        share = level.value / change["old"]
-        level.max = change["new"]
-        level.value = round(share * change["new"])
 
     @torch.no_grad()
     def _run(self, steps: int, seed: int) -> None:

@@ -52,12 +52,15 @@ def render(figure: Figure) -> bytes:
     return small_png(pillow.fromarray(_pixels(figure)))
 
 
-def small_png(picture: pillow.Image) -> bytes:
-    """Write an RGB picture as PNG, with a palette of 256 colours where the eye cannot tell."""
-    small = picture.quantize(256, method=pillow.Quantize.MEDIANCUT, dither=pillow.Dither.NONE)
-    error = np.abs(np.asarray(small.convert("RGB"), np.int16) - np.asarray(picture, np.int16)).mean()
-    out = io.BytesIO()
-    (small if error < 0.5 else picture).save(out, "PNG")  # half of one in 255 levels, on average
+def small_png(picture: pillow.Image, palettes: Sequence[int] = (256,)) -> bytes:
+    """Write an RGB picture as PNG, with the first of these palettes where the eye cannot tell; without one where it can."""
+    out, pixels = io.BytesIO(), np.asarray(picture, np.int16)
+    for colours in palettes:
+        small = picture.quantize(colours, method=pillow.Quantize.MEDIANCUT, dither=pillow.Dither.NONE)
+        if np.abs(np.asarray(small.convert("RGB"), np.int16) - pixels).mean() < 0.5:  # of 255 levels, on average
+            small.save(out, "PNG")
+            return out.getvalue()
+    picture.save(out, "PNG")
     return out.getvalue()
 
 

@@ -1,18 +1,13 @@
 """A lecture in JupyterLab, as a student meets it: offline, run from top to bottom, its explorer moved by hand."""
 
-import time
 from urllib.parse import urlsplit
 
-import nbformat
 import pytest
+
+from tests.browser.tools import idle, run_all, until
 
 LECTURE = "lectures/01_forward_process.ipynb"
 BURST = 40  # key presses
-WRONG = '[data-mime-type="application/vnd.jupyter.error"], .jupyter-widgets-error-widget, mjx-merror, .jp-Dialog'
-ALL_RAN = """() => {
-    const prompts = [...document.querySelectorAll(".jp-CodeCell .jp-InputPrompt")].map(prompt => prompt.textContent);
-    return prompts.some(text => /\\d/.test(text)) && !prompts.some(text => text.includes("*"));
-}"""
 RECORD = """explorer => {
     window.times = {keys: [], pictures: []};
     explorer.addEventListener("keydown", () => window.times.keys.push(performance.now()), true);
@@ -22,27 +17,6 @@ BYTES = """async image => {
     const bytes = new Uint8Array(await (await fetch(image.src)).arrayBuffer());
     return Array.from(bytes, byte => byte.toString(16).padStart(2, "0")).join("");
 }"""
-
-
-def choose(page, menu, command):
-    """Choose a command from a menu of JupyterLab."""
-    page.locator(".lm-MenuBar-item").get_by_text(menu, exact=True).click()
-    page.locator(f'.lm-Menu-item[data-command="{command}"]').click()
-
-
-def until(page, holds, seconds, what):
-    """Wait until `holds()`, while the page lives on."""
-    end = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < end, f"{what}: not within {seconds} s"
-        page.wait_for_timeout(50)
-
-
-def idle(page):
-    """Whether the server has one kernel, and that kernel is idle."""
-    at = urlsplit(page.url)
-    kernels = page.request.get(f"{at.scheme}://{at.netloc}/api/kernels").json()
-    return [kernel["execution_state"] for kernel in kernels] == ["idle"]
 
 
 class Slider:
@@ -91,22 +65,9 @@ def test_a_lecture_runs_in_jupyterlab_and_its_explorer_follows_the_slider(lab, w
     cell = page.locator(".jp-CodeCell").filter(has_text="study.ScheduleExplorer(")
     cell.scroll_into_view_if_needed()
     cell.locator(".jp-OutputArea img").wait_for()
-    until(page, lambda: idle(page), 30, "a kernel")
 
     # Run All. What the cells have left is read from the notebook that JupyterLab saves.
-    choose(page, "Edit", "editmenu:clear-all")
-    start = time.monotonic()
-    choose(page, "Run", "runmenu:run-all")
-    page.wait_for_function(ALL_RAN, timeout=90_000)
-    until(page, lambda: idle(page), 10, "an idle kernel")
-    print(f"\nRun All: {time.monotonic() - start:.1f} s")
-    with page.expect_response(lambda answer: answer.request.method == "PUT" and LECTURE in answer.url):
-        choose(page, "File", "docmanager:save")
-    cells = [one for one in nbformat.read(path, as_version=4).cells if one.cell_type == "code"]
-    outputs = [output for one in cells for output in one.outputs]
-    assert [output for output in outputs if output.output_type == "error" or "Traceback" in output.get("text", "")] == []
-    assert [one.execution_count for one in cells] == list(range(1, len(cells) + 1))
-    assert page.locator(WRONG).count() == 0
+    run_all(page, path)
 
     # A key brings one new picture, and the key back the old one.
     explorer = cell.locator(".jp-OutputArea-output .widget-vbox")
