@@ -228,5 +228,5 @@ def _codes(dotted: str) -> list[CodeType]:
     else:
         raise ValueError(f"{dotted} cannot be imported")
     if inspect.isclass(target):
-        return [value.__code__ for value in vars(target).values() if isinstance(value, FunctionType)]
-    return [target.__code__]
+        return [inspect.unwrap(value).__code__ for value in vars(target).values() if isinstance(value, FunctionType)]
+    return [inspect.unwrap(target).__code__]  # a decorator's own code is shared by all that it decorates

@@ -4,6 +4,7 @@ import inspect
 import re
 import textwrap
 from pathlib import Path
+from types import CodeType
 
 import nbformat
 
@@ -31,8 +32,15 @@ def mistaken(item: Item, name: str) -> str:
     known = next(one for one in item.mistakes if one.name == name)
     code = textwrap.dedent(inspect.getsource(known.fn))
     code = code[re.search(r"^def ", code, re.M).start() :]
-    helpers = "from course_lib.grading.sets.set_01.denoising import _mixed, right, torch\n"
-    return helpers + code.replace(f"def {name}(", f"def {item.function}(", 1)
+    helpers = sorted(_names(known.fn.__code__) & known.fn.__globals__.keys())
+    imports = f"from {known.fn.__module__} import {', '.join(helpers)}\n" if helpers else ""
+    return imports + code.replace(f"def {name}(", f"def {item.function}(", 1)
+
+
+def _names(code: CodeType) -> set[str]:
+    """Every name that a function reads from its module, in its nested functions too."""
+    nested = (one for one in code.co_consts if isinstance(one, CodeType))
+    return set(code.co_names).union(*map(_names, nested))
 
 
 def save(notebook: nbformat.NotebookNode, folder: Path, name: str = "01_forward_process.ipynb") -> Path:
