@@ -195,10 +195,36 @@ def bench_swissroll(seeds: int = 3, steps: int = 5000, points: int = 2048) -> li
     return rows
 
 
+def bench_families(steps: int = 60) -> list[Row]:
+    """Whether the race of the four families is fair in time: a seed's training of each, measured here on a few steps.
+
+    Seconds of the processor for the steps that the zoo's models took; the limit is a quarter over the mean of the four.
+    """
+    from course_lib.families import FAMILIES
+    from course_lib.zoo import tune
+    from course_lib.zoo.recipes.compared import LONGER
+
+    rows = []
+    with devices.one_thread():
+        for world in tune.WORLDS:
+            taken, lengths = {}, {}
+            for family in FAMILIES:
+                settings, chosen = tune.chosen(world, family)
+                lengths[family] = LONGER * chosen
+                taken[family] = lengths[family] * tune.seconds_per_step(world, family, settings, steps)
+            limit = 1.25 * statistics.mean(taken.values())
+            rows += [
+                _value(f"{world}, {family}: training a seed", seconds, "s of the processor", limit, f"{lengths[family]} steps")
+                for family, seconds in taken.items()
+            ]
+    return rows
+
+
 BENCHMARKS: dict[str, Callable[[], list[Row]]] = {
     "import": bench_import,
     "sampler": bench_sampler,
     "swissroll": bench_swissroll,
+    "families": bench_families,
 }
 
 

@@ -146,7 +146,7 @@ def train(
     return families.fit_family(model, draw, steps, seed=seed, **loop, **options)
 
 
-def _seconds_per_step(name: str, family: str, settings: Settings, steps: int = 40) -> float:
+def seconds_per_step(name: str, family: str, settings: Settings, steps: int = 40) -> float:
     """Processor time of a training step, the least of three short runs: other work on the machine does not count."""
     spent = []
     for seed in range(3):
@@ -162,7 +162,7 @@ def tune(name: str, say: Callable[[str], None] = print) -> Path:
     for family, grid in at.grids.items():
         tried = []
         for settings in grid:
-            steps = max(100, 10 * round(at.seconds / _seconds_per_step(name, family, settings) / 10))
+            steps = max(100, 10 * round(at.seconds / seconds_per_step(name, family, settings) / 10))
             try:
                 fit = train(name, family, settings, steps, 100, validate=True, progress=False)
                 score, seconds = round(at.score(fit.net.sample(at.samples, seed=100)), 4), round(fit.seconds, 1)

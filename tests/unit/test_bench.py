@@ -73,3 +73,10 @@ def test_a_short_swiss_roll_has_every_row_and_an_untrained_network_fails():
     assert floor["limit"] is None and (training["limit"], ddpm["limit"], ddim["limit"]) == (30.0, 18.0, 60.0)
     assert bench.over(rows) == [ddpm, ddim]
     assert ddpm["beside"] == f"{ddpm['value'] / floor['value']:.1f} times the floor"
+
+
+def test_the_families_took_the_same_time_to_train():
+    """A row for each family of each world; times depend on the machine, so that they are judged by `make bench` alone."""
+    rows = bench.bench_families(steps=2)
+    assert [row["name"].split(":")[0] for row in rows[:4]] == ["ring, GAN", "ring, VAE", "ring, flow", "ring, diffusion"]
+    assert len(rows) == 8 and all(row["value"] > 0 and row["limit"] > 0 for row in rows)
