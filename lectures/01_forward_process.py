@@ -23,14 +23,11 @@
 # Nothing is assumed but Gaussians and Python. Time: 60 minutes. Everything runs on a laptop, with no network.
 
 # %%
-import inspect
 import itertools
 import math
-import textwrap
 
 import matplotlib.pyplot as plt
 import torch
-from IPython.display import Code
 
 from course_lib import study, zoo
 from course_lib.devices import SampleNoise, generator
@@ -54,13 +51,6 @@ study.use()
 F64 = torch.float64
 images, labels = digits.load("train")
 held_out, held_out_labels = digits.load("test")
-
-
-def show(*functions):
-    """The source of library functions, where the source is the lesson."""
-    return Code(
-        "\n".join(textwrap.dedent(inspect.getsource(one)) for one in functions), language="python"
-    )
 
 
 # %% [markdown] slideshow={"slide_type": "slide"}
@@ -128,7 +118,7 @@ study.animate(torch.stack(frames), fps=4, scale=3)
 # of variance $b^2=\mathrm{std}(t)^2-a^2\,\mathrm{std}(s)^2$, so that the noise does:
 
 # %%
-show(Schedule.add_noise, Schedule.transition)
+study.source(Schedule.add_noise, Schedule.transition)
 
 # %% [markdown]
 # | schedule | $\alpha(t)$ | $\mathrm{std}(t)$ | source |

@@ -67,6 +67,6 @@ def _forget(name: str) -> None:
 
 def judge(name: str) -> Path:
     """Judge the embedded weights again and write the new numbers into their card; returns the path of the weights."""
-    card = zoo.card(name)
-    card["metrics"] = zoo.recipe(name).judge(name, zoo.read(name))
+    card, recipe = zoo.card(name), zoo.recipe(name)
+    card |= {"data": recipe.DATA, "metrics": recipe.judge(name, zoo.read(name))}
     return zoo.save(name, zoo.read(name), {key: value for key, value in card.items() if key not in ("name", "bytes", "sha256")})
