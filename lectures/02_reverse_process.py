@@ -258,7 +258,7 @@ assert distance[1000] < floor + 4.5 * spread < distance[10]
 # of steps. **At which level has a particle chosen its Gaussian?** With how few steps can you still see eight?
 
 # %%
-study.ParticleExplorer(ring, n=150)
+study.ParticleExplorer(ring, n=120)
 
 # %% [markdown] slideshow={"slide_type": "slide"}
 # ## Algorithm 1: training
@@ -522,7 +522,7 @@ for name, (rule, clip) in rules.items():
         names.append(f"{name}, {count} steps: {wide[name, count]:.2f}")
 assert wide["small", 6] < 0.95 and wide["large", 6] > 1.2
 assert all(abs(wide[name, 25] - 1) < 0.1 for name in rules)
-study.strip(pictures, row_titles=names, scale=2)
+study.strip(pictures, row_titles=names, scale=3)
 
 # %% [markdown]
 # With six steps *small*, and DDIM, draw digits that vary too little, and *large* leaves noise in the picture; with 25 all are at 1, as far as thirty pictures can tell. Clipping keeps guesses made
