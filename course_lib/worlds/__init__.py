@@ -1,1 +1,1 @@
-"""The worlds that the models learn: toys, digits."""
+"""The worlds that the models learn: toys, digits, scenes."""
