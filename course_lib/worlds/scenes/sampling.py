@@ -1,7 +1,7 @@
 """Drawing scenes: what is in them, which combinations are held out, and where the objects stand.
 
-The i-th scene of a seed is a function of (seed, i) alone. One generator per scene would cost ten microseconds before
-its first number, so the numbers come from a counter-based hash of (seed, i, stream), computed for all scenes at once.
+The i-th scene of a seed is a function of (seed, i) alone. One generator per scene would take several times as long as
+all the rest, so the numbers come from a counter-based hash of (seed, i, stream), computed for all scenes at once.
 """
 
 from __future__ import annotations
