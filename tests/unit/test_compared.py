@@ -1,11 +1,13 @@
 """The race of the four families, from their cards: one size, one budget, three seeds; the weights give the cards' numbers."""
 
+import math
+
 import pytest
 
 from course_lib import families, zoo
 from course_lib.metrics import on_mode_exact
 from course_lib.zoo import tune
-from course_lib.zoo.recipes.compared import COMPARED, SEEDS, measure
+from course_lib.zoo.recipes.compared import COMPARED, SAMPLES, SEEDS, measure
 
 WORLDS = {
     world: {family: zoo.card(f"{world}-{family.lower()}")["metrics"] for family in families.FAMILIES} for world in tune.WORLDS
@@ -32,15 +34,21 @@ def test_on_the_ring_every_seed_of_diffusion_beats_every_seed_of_the_others():
     assert worst < min(min(each("ring", family, "sliced_wasserstein")) for family in others)
     assert min(each("ring", "diffusion", "on_mode")) > max(max(each("ring", family, "on_mode")) for family in others)
     assert each("ring", "diffusion", "covered") == [8, 8, 8]
-    assert max(each("ring", "diffusion", "on_mode")) <= on_mode_exact(2) + 0.01  # beyond it points would be too near the centres
+    q, n = on_mode_exact(2), SAMPLES["ring"]
+    assert max(each("ring", "diffusion", "on_mode")) < q + 4.5 * math.sqrt(q * (1 - q) / n)  # beyond it points crowd the centres
 
 
 @pytest.mark.parametrize("name", ["ring-diffusion", "ring-flow", "digits-gan"])
 def test_the_committed_weights_give_the_numbers_of_the_card(name):
-    """Samples are the same up to rounding, which differs between processors: a few points in thousands change sides."""
-    fresh, card = measure(COMPARED[name][0], zoo.load(name, device="cpu")[1], 1), zoo.card(name)["metrics"]["seeds"][1]
-    assert fresh.keys() == card.keys()
-    assert fresh["sliced_wasserstein"] == pytest.approx(card["sliced_wasserstein"], rel=0.02)
+    """A rerun differs by rounding, which changes from processor to processor; it may never cost more than fresh draws would.
+
+    That is 4.5 standard errors of a share of n points, and for the distance what two exact sets have by chance.
+    """
+    world, card = COMPARED[name][0], zoo.card(name)["metrics"]
+    fresh, before = measure(world, zoo.load(name, device="cpu")[1], 1), card["seeds"][1]
+    assert fresh.keys() == before.keys() and fresh["covered"] == before["covered"]
+    assert abs(fresh["sliced_wasserstein"] - before["sliced_wasserstein"]) < card["sliced_wasserstein_floor"]
+    n = min(4000, SAMPLES[world])  # of which precision and recall are shares
     for key in ("precision", "recall"):
-        assert fresh[key] == pytest.approx(card[key], abs=0.01)
-    assert fresh["covered"] == card["covered"]
+        p = before[key]
+        assert abs(fresh[key] - p) < 4.5 * math.sqrt(p * (1 - p) / n)

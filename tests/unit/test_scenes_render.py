@@ -10,16 +10,9 @@ from torch import Tensor
 
 from course_lib.worlds.scenes.attributes import COLOURS, FIELD_OF_VIEW, GROUNDS, ORIENTED, SHAPES, SIZES, TARGET, Scenes
 from course_lib.worlds.scenes.camera import camera, centres, look_at, rays
-from course_lib.worlds.scenes.geometry import (
-    FOOT,
-    Box,
-    Frustum,
-    Sphere,
-    prism,
-    sdf,
-    tapered,
-)
+from course_lib.worlds.scenes.geometry import Box, Frustum, Sphere, prism, tapered
 from course_lib.worlds.scenes.render import FAR, Rendered, edges, render
+from course_lib.worlds.scenes.solids import FOOT, sdf
 
 PLAIN, GRASS = list(GROUNDS).index("plain"), list(GROUNDS).index("grass")
 PRIMITIVES = {

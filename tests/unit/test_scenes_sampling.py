@@ -14,7 +14,6 @@ from torch import Tensor
 from course_lib.worlds.scenes import sampling
 from course_lib.worlds.scenes.attributes import COLOURS, GROUNDS, LIGHTS, RELATIONS, SHAPES, SIZES, SUPPORTS, VIEWS, Scenes
 from course_lib.worlds.scenes.camera import camera
-from course_lib.worlds.scenes.geometry import FOOT
 from course_lib.worlds.scenes.sampling import (
     ON_TOP,
     SPLITS,
@@ -29,6 +28,7 @@ from course_lib.worlds.scenes.sampling import (
     uniforms,
     views,
 )
+from course_lib.worlds.scenes.solids import FOOT
 
 FALSE_ALARM = 1e-6
 """Each chi-square test below rejects a fair source with this probability; seeds are fixed."""

@@ -7,8 +7,8 @@ from course_lib.worlds.scenes.camera import rays as rays
 from course_lib.worlds.scenes.captions import captions as captions
 from course_lib.worlds.scenes.captions import parse as parse
 from course_lib.worlds.scenes.captions import vocabulary as vocabulary
-from course_lib.worlds.scenes.geometry import sdf as sdf
 from course_lib.worlds.scenes.render import Rendered as Rendered
 from course_lib.worlds.scenes.render import edges as edges
 from course_lib.worlds.scenes.render import render as render
 from course_lib.worlds.scenes.sampling import draw as draw
+from course_lib.worlds.scenes.solids import sdf as sdf

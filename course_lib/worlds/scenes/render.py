@@ -18,7 +18,8 @@ from torch import Tensor
 
 from course_lib.worlds.scenes.attributes import COLOURS, GROUNDS, LIGHTS, SHAPES, Scenes
 from course_lib.worlds.scenes.camera import Camera, camera, centres
-from course_lib.worlds.scenes.geometry import ACCENTS, FOOT, INF, SOLIDS, Vectors, distance, dot
+from course_lib.worlds.scenes.geometry import INF, Vectors, dot
+from course_lib.worlds.scenes.solids import ACCENTS, FOOT, SOLIDS, distance
 
 FAR = 30.0  # depth of the background, in world units
 RAYS = 1 << 18  # rays at a time: their tensors stay small beside the cache of a processor

@@ -24,7 +24,7 @@ from course_lib.worlds.scenes.attributes import (
     Scenes,
 )
 from course_lib.worlds.scenes.camera import camera
-from course_lib.worlds.scenes.geometry import FOOT
+from course_lib.worlds.scenes.solids import FOOT
 
 SPLITS = ("train", "held out")
 DISTANCES = {1: (3.5, 3.7), 2: (5.35, 5.65)}
