@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -286,6 +287,29 @@ def test_an_object_shows_its_colour() -> None:
         assert min(gaps, key=gaps.get) == name
 
 
+def test_another_camera_sees_the_same_scene_under_the_same_light() -> None:
+    """Two objects of one shape are met by the same rays; from elsewhere depth is that of a scene seen from there."""
+    pair = scenes(["cube", "house"], azimuth=0.0)
+    both = Scenes(**{k: (torch.cat([v, v], 1) if v.ndim > 1 else v) for k, v in vars(pair).items()})
+    both.position[:, 0, 0], both.position[:, 1, 0] = -1.0, 1.0
+    moved = dataclasses.replace(both, azimuth=torch.full((2,), 50.0))
+    seen, direct = render(both, 48, view=camera(moved)), render(moved, 48)
+    for name in ("depth", "normal", "segmentation"):
+        assert torch.equal(getattr(seen, name), getattr(direct, name))
+    assert {1, 2} <= set(seen.segmentation.unique().tolist())
+    assert not close(seen.rgb, direct.rgb)  # the light of `moved` has gone round with its camera
+    assert equal(render(both, 48, view=camera(both)), render(both, 48))
+
+
+def test_a_picture_does_not_depend_on_how_many_are_rendered_together() -> None:
+    many = scenes(["mug", "snowman"] * 40, azimuth=[4.5 * i for i in range(80)])
+    whole, parts = render(many, 64), [render(many[i : i + 16], 64) for i in range(0, 80, 16)]
+    for name in ("rgb", "depth"):
+        pieces = torch.cat([getattr(part, name) for part in parts])
+        torch.testing.assert_close(getattr(whole, name), pieces, atol=1e-5, rtol=1e-6)
+    assert len(render(many[:0], 16).rgb) == 0
+
+
 def test_supersampling_approaches_the_average_of_many_rays() -> None:
     batch = scenes(ground=PLAIN, yaw=20.0)
     fine, one, two = (render(batch, 32, samples=samples).rgb for samples in (8, 1, 2))
@@ -321,6 +345,8 @@ def test_bad_input_is_one_sentence() -> None:
         sdf("teapot", torch.zeros(1, 3))
     with pytest.raises(ValueError, match="axis = 'z'"):
         prism([(0.0, 0.0), (1.0, 0.0), (0.0, 1.0)], "z", 0.5)
+    with pytest.raises(ValueError, match="view has 2 cameras; expected 1"):
+        render(scenes("cube"), 16, view=camera(scenes(["cube", "cube"])))
     seen = render(scenes("cube"), 16)
     with pytest.raises(ValueError, match="normal has shape"):
         edges(seen.depth, seen.normal[..., :8], seen.segmentation)

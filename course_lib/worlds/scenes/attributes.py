@@ -37,7 +37,7 @@ GROUNDS: dict[str, tuple[tuple[float, float, float], tuple[float, float, float]]
     "white": ((0.94, 0.94, 0.94), (0.94, 0.94, 0.94)),
     "grass": ((0.46, 0.62, 0.34), (0.46, 0.62, 0.34)),
     "sand": ((0.86, 0.77, 0.58), (0.86, 0.77, 0.58)),
-    "checkered": ((0.30, 0.30, 0.32), (0.86, 0.86, 0.84)),
+    "checkered": ((0.44, 0.44, 0.46), (0.82, 0.82, 0.80)),
     "plain": ((0.72, 0.75, 0.80), (0.72, 0.75, 0.80)),
 }
 """The two colours of each ground. "plain" is no ground and no shadow: one even background colour."""

@@ -114,6 +114,22 @@ class _Chooser:
         return next(self._numbers) < p
 
 
+class _Plain(_Chooser):
+    """Takes the first wording of everything, in order, and says all that is said more often than not."""
+
+    def __init__(self) -> None:
+        super().__init__([])
+
+    def one(self, options: Sequence[Phrase]) -> Phrase:
+        return options[0]
+
+    def shuffled(self, items: Sequence[Phrase]) -> list[Phrase]:
+        return list(items)
+
+    def chance(self, p: float) -> bool:
+        return p > 0.5
+
+
 def _object(kind: tuple[int, int, int], choose: _Chooser) -> str:
     names = zip(("shape", "colour", "size"), (SHAPES, tuple(COLOURS), tuple(SIZES)), kind, strict=True)
     chosen = {attribute: choose.one(WORDING[attribute][table[value]]) for attribute, table, value in names}
@@ -121,9 +137,8 @@ def _object(kind: tuple[int, int, int], choose: _Chooser) -> str:
 
 
 def _caption(
-    kinds: list[tuple[int, int, int]], sides: list[int], relation: int, ground: int, light: int, row: list[float]
+    kinds: list[tuple[int, int, int]], sides: list[int], relation: int, ground: int, light: int, choose: _Chooser
 ) -> str:
-    choose = _Chooser(row)
     bodies = [_object(kind, choose) for kind in kinds]
     link = ""
     if relation >= 0:
@@ -160,22 +175,27 @@ def _caption(
     return re.sub(r"\ba (?=[aeiou])", "an ", text)
 
 
-def captions(scenes: Scenes, seed: int, first: int = 0) -> list[str]:
+def captions(scenes: Scenes, seed: int | None, first: int = 0) -> list[str]:
     """Describe each scene in words, lower case, at most MAX_WORDS of them; wording i depends on (seed, first + i) and the scene.
 
-    Synonyms, the order of the attributes, of the two objects and of the phrases are drawn. Raises ValueError where a
+    Synonyms, the order of the attributes, of the two objects and of the phrases are drawn. With seed None every scene gets
+    its plain caption: the first synonym, one fixed order, and all that MAX_WORDS has room for. Raises ValueError where a
     scene has no object 0, or where its objects stand as `relations` does not know.
     """
     if not bool(scenes.present[:, 0].all()):
         row = int((~scenes.present[:, 0]).nonzero()[0])
         raise ValueError(f"shape[{row}, 0] = -1; expected every scene to have an object 0")
     kinds = torch.stack([scenes.shape, scenes.colour, scenes.size], -1).tolist()
-    table = uniforms(seed, torch.arange(first, first + len(scenes)), STREAMS, FIRST_STREAM).tolist()
+    if seed is None:
+        choosers: list[_Chooser] = [_Plain() for _ in range(len(scenes))]
+    else:
+        numbers = uniforms(seed, torch.arange(first, first + len(scenes)), STREAMS, FIRST_STREAM).tolist()
+        choosers = [_Chooser(row) for row in numbers]
     there = scenes.present.sum(1).tolist()
     columns = (kinds, views(scenes).tolist(), there, relations(scenes).tolist(), scenes.ground.tolist(), scenes.light.tolist())
     return [
-        _caption([tuple(k) for k in kind[:n]], side[:n], relation, ground, light, row)
-        for kind, side, n, relation, ground, light, row in zip(*columns, table, strict=True)
+        _caption([tuple(k) for k in kind[:n]], side[:n], relation, ground, light, choose)
+        for kind, side, n, relation, ground, light, choose in zip(*columns, choosers, strict=True)
     ]
 
 

@@ -27,10 +27,16 @@ def dot(a: Iterable, b: Iterable) -> Tensor:
     return a0 * b0 + a1 * b1 + a2 * b2
 
 
-def minus(a: Iterable, b: Iterable) -> Vectors:
-    """a - b of two triples."""
-    (a0, a1, a2), (b0, b1, b2) = a, b
-    return a0 - b0, a1 - b1, a2 - b2
+def along(x: Vectors, n: Point) -> Tensor:
+    """n . x for a fixed direction n; most are parallel to an axis or two, which costs less."""
+    terms = [ni * xi for ni, xi in zip(n, x, strict=True) if ni]
+    return sum(terms[1:], terms[0])
+
+
+def minus(x: Vectors, p: Point) -> Vectors:
+    """x - p for a fixed point p; most have a coordinate that is zero."""
+    x0, x1, x2 = (xi - pi if pi else xi for xi, pi in zip(x, p, strict=True))
+    return x0, x1, x2
 
 
 def _nonzero(x: Tensor) -> Tensor:
@@ -87,7 +93,7 @@ class Box:
 
     def distance(self, p: Vectors) -> Tensor:
         x, y, z = self._beyond(p)
-        out = (x.clamp(min=0) ** 2 + y.clamp(min=0) ** 2 + z.clamp(min=0) ** 2).clamp(min=1e-18).sqrt()
+        out = (x.clamp(min=0).square() + y.clamp(min=0).square() + z.clamp(min=0).square()).clamp(min=1e-18).sqrt()
         inner = torch.maximum(torch.maximum(x, y), z)
         return torch.where(inner > 0, out, inner)
 
@@ -113,7 +119,7 @@ class Frustum:
     def interval(self, o: Vectors, d: Vectors) -> tuple[Tensor, Tensor]:
         w, height, slope = self._axis
         x = minus(o, self.start)
-        h, rise = dot(x, w), dot(d, w)
+        h, rise = along(x, w), along(d, w)
         radius = self.radii[0] + slope * h
         # |x + t d|^2 - (h + t rise)^2 = (radius + t slope rise)^2, written a t^2 + 2 b t + c = 0
         a = _nonzero(1 - (1 + slope**2) * rise * rise)
@@ -138,8 +144,8 @@ class Frustum:
     def _profile(self, p: Vectors) -> tuple[Vectors, Tensor, Tensor]:
         w, _, _ = self._axis
         x = minus(p, self.start)
-        h = dot(x, w)
-        away = x[0] - h * w[0], x[1] - h * w[1], x[2] - h * w[2]
+        h = along(x, w)
+        away = tuple(xi - h * wi if wi else xi for xi, wi in zip(x, w, strict=True))
         return away, dot(away, away).clamp(min=1e-18).sqrt(), h
 
     def distance(self, p: Vectors) -> Tensor:
@@ -148,13 +154,13 @@ class Frustum:
         ra, rb = self.radii
         if ra == rb:  # a cylinder: a rectangle in the half-plane (r, h)
             out, up = r - ra, (h - height / 2).abs() - height / 2
-            corner = (out.clamp(min=0) ** 2 + up.clamp(min=0) ** 2).clamp(min=1e-18).sqrt()
+            corner = (out.clamp(min=0).square() + up.clamp(min=0).square()).clamp(min=1e-18).sqrt()
             return torch.where((out > 0) & (up > 0), corner, torch.maximum(out, up))
         # The distances to the two caps and to the slanted side, each a segment in the half-plane (r, h).
-        bottom = (r - ra).clamp(min=0) ** 2 + h * h
-        top = (r - rb).clamp(min=0) ** 2 + (h - height) ** 2
+        bottom = (r - ra).clamp(min=0).square() + h * h
+        top = (r - rb).clamp(min=0).square() + (h - height).square()
         s = (((r - ra) * (rb - ra) + h * height) / (height**2 + (rb - ra) ** 2)).clamp(0, 1)
-        side = (r - ra - s * (rb - ra)) ** 2 + (h - s * height) ** 2
+        side = (r - ra - s * (rb - ra)).square() + (h - s * height).square()
         inside = (h > 0) & (h < height) & (r < ra + slope * h)
         d = torch.minimum(torch.minimum(bottom, top), side).clamp(min=1e-18).sqrt()
         return torch.where(inside, -d, d)
@@ -177,23 +183,18 @@ class Convex:
     def interval(self, o: Vectors, d: Vectors) -> tuple[Tensor, Tensor]:
         near = far = None
         for *n, b in self.planes:
-            towards = _nonzero(self._along(n, d))
-            t = (b - self._along(n, o)) / towards
+            towards = _nonzero(along(d, n))
+            t = (b - along(o, n)) / towards
             enter, leave = torch.where(towards < 0, t, -INF), torch.where(towards > 0, t, INF)
             near = enter if near is None else torch.maximum(near, enter)
             far = leave if far is None else torch.minimum(far, leave)
         return _or_empty(near < far, near, far)
 
-    @staticmethod
-    def _along(n: Iterable[float], x: Vectors) -> Tensor:
-        terms = [ni * xi for ni, xi in zip(n, x, strict=True) if ni]  # most planes are parallel to an axis
-        return sum(terms[1:], terms[0])
-
     def _beyond(self, p: Vectors) -> Tensor:
-        return torch.stack([self._along(n, p) - b for *n, b in self.planes])
+        return torch.stack([along(p, n) - b for *n, b in self.planes])
 
     def distance(self, p: Vectors) -> Tensor:
-        return functools.reduce(torch.maximum, (self._along(n, p) - b for *n, b in self.planes))
+        return functools.reduce(torch.maximum, (along(p, n) - b for *n, b in self.planes))
 
     def normal(self, p: Vectors) -> Vectors:
         face = self._beyond(p).argmax(0)

@@ -114,15 +114,16 @@ def _mug() -> tuple[Part, ...]:
 
 
 def _snowman() -> tuple[Part, ...]:
-    buttons = tuple((Sphere((x, 0.0, z), 0.065), DARK) for x, z in ((0.30, -0.16), (0.33, 0.04)))
-    eyes = tuple((Sphere((0.23, side * 0.13, 0.51), 0.065), DARK) for side in (-1, 1))
+    buttons = tuple((Sphere((x, 0.0, z), 0.09), DARK) for x, z in ((0.29, -0.17), (0.33, 0.06)))
+    eyes = tuple((Sphere((0.22, side * 0.14, 0.52), 0.085), DARK) for side in (-1, 1))
+    belly = ((Sphere((0.45, 0.0, -0.46), 0.34), WHITE),)
     arms = tuple(Part(Frustum((0.02, s * 0.27, 0.04), (0.06, s * 0.66, 0.28), (0.035, 0.03)), WOOD) for s in (-1.0, 1.0))
     ribbon = ((Box((0.0, 0.0, 0.70), (1.0, 1.0, 0.035)), BRAKE),)
     return (
-        Part(Sphere((0.0, 0.0, -0.50), 0.45)),
+        Part(Sphere((0.0, 0.0, -0.50), 0.45), paint=belly),
         Part(Sphere((0.0, 0.0, -0.02), 0.34), paint=buttons),
         Part(Sphere((0.0, 0.0, 0.42), 0.29), paint=eyes),
-        Part(Frustum((0.22, 0.0, 0.40), (0.60, 0.0, 0.36), (0.075, 0.0)), CARROT),
+        Part(Frustum((0.20, 0.0, 0.40), (0.70, 0.0, 0.36), (0.10, 0.0)), CARROT),
         Part(Frustum((0.0, 0.0, 0.17), (0.0, 0.0, 0.24), (0.265, 0.25)), WHITE),
         Part(Frustum((0.0, 0.0, 0.62), (0.0, 0.0, 0.665), (0.32, 0.32)), DARK),
         Part(Frustum((0.0, 0.0, 0.665), (0.0, 0.0, 0.95), (0.20, 0.19)), DARK, paint=ribbon),
