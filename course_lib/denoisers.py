@@ -6,6 +6,7 @@ D(x, sigma) = c_skip(sigma) x + c_out(sigma) net(c_in(sigma) x, c_noise(sigma)).
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -91,6 +92,8 @@ def _flow_time(s: Tensor) -> Tensor:
 
 PREDICTIONS: dict[str, Coefficients] = {"epsilon": _eps, "sample": _x0, "v_prediction": _v}
 """Predictions of networks that see the variance-preserving x, by the name that diffusers gives them."""
+ADDED = ("text_embeds", "time_ids")
+"""Conditions that diffusers' UNets want inside `added_cond_kwargs` (Stable Diffusion XL)."""
 
 
 def from_eps(net: Network, t_of_sigma: Callable[[Tensor], Tensor], **condition: Any) -> NetworkDenoiser:
@@ -133,17 +136,23 @@ def from_edm(net: Network, sigma_data: float = 0.5, **condition: Any) -> Network
 
 
 def from_diffusers(unet: torch.nn.Module, scheduler: Any, **condition: Any) -> NetworkDenoiser:
-    """Any diffusers UNet with its scheduler's config: epsilon, sample, v_prediction or a flow.
+    """Any diffusers UNet or transformer with its scheduler's config: epsilon, sample, v_prediction or a flow.
 
     `scheduler` is a diffusers scheduler; its alphas_cumprod and prediction_type fix the adapter. Times
-    between the trained ones are interpolated in log sigma. `condition` goes to the UNet, for example
-    `encoder_hidden_states=`. Raises ValueError for a prediction type that is not known.
+    between the trained ones are interpolated in log sigma. `condition` goes to the network, for example
+    `encoder_hidden_states=`; it is flat, also where the UNet wants text_embeds and time_ids inside added_cond_kwargs.
+    Raises ValueError for a prediction type that is not known and for times that are not those of the trained steps.
     """
     config = scheduler.config
+    transformer = "hidden_states" in inspect.signature(unet.forward).parameters
 
     def net(x: Tensor, time: Tensor, **kwargs: Any) -> Tensor:
-        dtype = next(unet.parameters()).dtype
-        return unet(x.to(dtype), time, return_dict=False, **kwargs)[0]
+        x = x.to(next(unet.parameters()).dtype)
+        if transformer:
+            return unet(hidden_states=x, timestep=time.expand(len(x)), return_dict=False, **kwargs)[0]
+        added = {name: kwargs.pop(name) for name in ADDED if name in kwargs}
+        nested = {"added_cond_kwargs": added} if added else {}
+        return unet(x, time, return_dict=False, **kwargs, **nested)[0]
 
     if "alphas_cumprod" not in vars(scheduler):
         if not type(scheduler).__name__.startswith("FlowMatch"):
@@ -152,6 +161,8 @@ def from_diffusers(unet: torch.nn.Module, scheduler: Any, **condition: Any) -> N
             )
         scale = float(config.num_train_timesteps)
         return NetworkDenoiser(net, _flow, lambda s: scale * s / (1 + s), condition)
+    if config.get("timestep_type") == "continuous":
+        raise ValueError("timestep_type = 'continuous'; expected 'discrete', the times of the trained steps")
     if config.prediction_type not in PREDICTIONS:
         raise ValueError(f"prediction_type = {config.prediction_type!r}; expected one of {', '.join(PREDICTIONS)}")
     schedule = discrete_of(scheduler)

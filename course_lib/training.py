@@ -136,6 +136,7 @@ def fit(
     ema_decay: float = 0.999,
     seed: int = 0,
     half: bool = True,
+    nhwc: bool = True,
     device: str | None = None,
     checkpoint: Path | str | None = None,
     save_every: int = 500,
@@ -151,7 +152,8 @@ def fit(
     loss    returns one number per sample, (B,)
     steps   length of the whole run, which fixes the learning rate; `stop_at` ends this call earlier
     betas   memory of AdamW's averages of the gradient and of its square; a GAN wants less than 0.9
-    half    bfloat16 where the hardware has it, and channels-last
+    half    bfloat16 where the hardware has it
+    nhwc    channels-last layout, with `half`; convolutions of few channels at many pixels are faster without
     checkpoint  file to resume from and to save to, every `save_every` steps and at the end
     diverged  how many times the first loss is too much, see `check_losses`; math.inf where the loss measures nothing
     on_step called with the step's number (from 1) and the averaged network
@@ -165,7 +167,7 @@ def fit(
     where = pick_device(device)
     accelerator = Accelerator(cpu=where.type == "cpu")
     where = accelerator.device
-    net = channels_last(net, where) if half else net.to(where)
+    net = channels_last(net, where) if half and nhwc else net.to(where)
     fused = where.type in ("cpu", "cuda")  # one kernel for all weights: a third of a small network's step
     optimizer = torch.optim.AdamW(net.parameters(), lr=lr, betas=betas, weight_decay=weight_decay, fused=fused)
     ema, losses, first, spent = EMA(net, ema_decay), [], 0, 0.0

@@ -6,11 +6,13 @@ safetensors beside a card; loading checks the hash. `course train NAME` rebuilds
 
 from __future__ import annotations
 
+import copy
 import difflib
 import functools
 import hashlib
 import importlib
 import json
+import tempfile
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -28,6 +30,7 @@ RECIPES = {
     "digits": "course_lib.zoo.recipes.digits",
     "digits-reader": "course_lib.zoo.recipes.digits_reader",
     "digits-reader-2": "course_lib.zoo.recipes.digits_reader",
+    "scenes-reader": "course_lib.zoo.recipes.scenes_reader",
     **{
         f"{world}-{family}": "course_lib.zoo.recipes.compared"
         for world in ("ring", "digits")
@@ -50,7 +53,9 @@ def names() -> list[str]:
 def recipe(name: str) -> ModuleType:
     """The module that trains, wraps and judges this model; ZooError for an unknown name, with the nearest."""
     if name not in RECIPES:
-        near = difflib.get_close_matches(name, RECIPES, n=1)
+        from course_lib.zoo import hub
+
+        near = difflib.get_close_matches(name, [*RECIPES, *hub.table()], n=1)
         raise ZooError(
             f"model = {name!r} is not embedded; expected one of {', '.join(RECIPES)}"
             + (f" (did you mean {near[0]!r}?)" if near else "")
@@ -73,16 +78,36 @@ def card(name: str, folder: Path = CARDS) -> dict[str, Any]:
 
 
 def available(name: str) -> bool:
-    """Whether `name` can be loaded now: an embedded model whose weights and card are there."""
-    return name in RECIPES and weights_path(name).exists() and (CARDS / f"{name}.json").exists()
+    """Whether `name` can be loaded now, without a network: an embedded model whose weights and card are there, or a pipeline
+    in a folder or in the cache of the hub. COURSE_SD counts for the text-to-image models of `hub.toml`.
+    """
+    if name in RECIPES:
+        weights = weights_path(name).exists() or (WEIGHTS / name).is_dir()
+        return weights and (CARDS / f"{name}.json").exists()
+    from course_lib.zoo import folders, hub
+
+    folder = hub.local(name)
+    return folder is not None and (folder / folders.INDEX).is_file() and not folders.missing_files(folder)
 
 
 def load(name: str, device: str | None = None) -> Any:
     """Return the trained model of this name, in evaluation mode: a Denoiser; for readers the network; for `ring-*` and
-    `digits-*` the three models of a family, one for each seed.
+    `digits-*` the three models of a family, one for each seed; for a pipeline a `pretrained.Pretrained`.
 
-    Raises ZooError, in one line, for an unknown name, missing or damaged weights, or a wrong hash.
+    A pipeline is embedded, a local folder, a short name of `hub.toml` or a hub id. Raises ZooError, in one line, for an
+    unknown name, missing or damaged weights, a wrong hash, and for a hub id where there is no network.
     """
+    if name not in RECIPES:
+        from course_lib.zoo import hub, pretrained
+
+        if hub.known(name):
+            return pretrained.load(hub.fetch(name), name, device)
+    elif "files" in card(name):
+        from course_lib.zoo import folders, pretrained
+
+        facts, folder = card(name), WEIGHTS / name
+        folders.verify_folder(folder, facts["files"])
+        return pretrained.load(folder, name, device, words=frozenset(facts["words"]) if "words" in facts else None)
     module = recipe(name)
     net = read(name).to(pick_device(device))
     return module.wrap(channels_last(net, pick_device(device)))
@@ -102,6 +127,8 @@ def _verified(path: Path, modified: float, expected: str, name: str) -> bytes:
 
 def read(name: str) -> nn.Module:
     """The network of this name with its committed weights, on the CPU in fp32."""
+    if "files" in card(name):
+        return recipe(name).read(load(name, "cpu"))
     path = weights_path(name)
     if not path.exists():
         raise ZooError(f"weights of {name!r} are missing at {path}; run `git checkout` on it, or `course train {name}`")
@@ -116,7 +143,12 @@ def read(name: str) -> nn.Module:
 
 
 def save(name: str, net: nn.Module, facts: dict[str, Any], weights: Path = WEIGHTS, cards: Path = CARDS) -> Path:
-    """Write the weights in half precision and the card with their hash; each file is replaced at once or not at all."""
+    """Write the weights in half precision and the card with their hash; each file is replaced at once or not at all.
+
+    A network with a `pipeline()` is written as the folder that diffusers' save_pretrained makes; its card has every file's hash.
+    """
+    if hasattr(net, "pipeline"):
+        return _save_pipeline(name, copy.deepcopy(net).pipeline(), {**facts, "words": net.words}, Path(weights), Path(cards))
     state = {
         key: (value.half() if value.is_floating_point() else value).cpu().contiguous() for key, value in net.state_dict().items()
     }
@@ -124,8 +156,27 @@ def save(name: str, net: nn.Module, facts: dict[str, Any], weights: Path = WEIGH
     path = weights_path(name, weights)
     full = {"name": name, **facts, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     write_atomically(path, lambda temporary: temporary.write_bytes(data))
-    write_atomically(Path(cards) / f"{name}.json", lambda temporary: temporary.write_text(json.dumps(full, indent=2) + "\n"))
+    _write_card(name, full, Path(cards))
     return path
+
+
+def _write_card(name: str, full: dict[str, Any], cards: Path) -> None:
+    write_atomically(cards / f"{name}.json", lambda temporary: temporary.write_text(json.dumps(full, indent=2) + "\n"))
+
+
+def _save_pipeline(name: str, pipeline: Any, facts: dict[str, Any], weights: Path, cards: Path) -> Path:
+    weights.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=weights) as temporary:
+        new, old, target = Path(temporary) / "new", Path(temporary) / "old", weights / name
+        pipeline.to(torch.float16).save_pretrained(new, safe_serialization=True)
+        contents = {path.relative_to(new).as_posix(): path.read_bytes() for path in sorted(new.rglob("*")) if path.is_file()}
+        if target.exists():
+            target.rename(old)
+        new.rename(target)
+    files = {path: hashlib.sha256(data).hexdigest() for path, data in contents.items()}
+    whole = hashlib.sha256(json.dumps(files).encode()).hexdigest()
+    _write_card(name, {"name": name, **facts, "bytes": sum(map(len, contents.values())), "sha256": whole, "files": files}, cards)
+    return target
 
 
 def parameters(net: nn.Module) -> int:

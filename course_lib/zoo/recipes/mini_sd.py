@@ -1,0 +1,226 @@
+"""`mini-sd`: text to 64 x 64 pictures of the scene world, a `StableDiffusionPipeline` of four million weights.
+
+First the VAE, then, on its latents, the U-Net and the text encoder together, as in Rombach et al. 2022, Sec. 3. Only the
+"train" split is seen: sixteen combinations of shape, colour and size are never shown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from course_lib.denoisers import discrete_of, from_v
+from course_lib.devices import autocast, pick_device
+from course_lib.nets import mini_sd as nets
+from course_lib.training import Fit, denoising_loss, fit, write_atomically
+from course_lib.worlds.scenes.attributes import Scenes
+from course_lib.worlds.scenes.camera import camera, centres
+from course_lib.worlds.scenes.captions import vocabulary
+from course_lib.worlds.scenes.dataset import SceneDataset
+from course_lib.worlds.scenes.sampling import middles
+from course_lib.zoo import judge_scenes
+from course_lib.zoo.pretrained import Pretrained, wrap
+
+DATA = "the scene world at 64 px: 60,000 training scenes of seed 1, one or two objects, with captions"
+SCENES = 60_000
+WORDINGS = 8
+"""Captions of each scene; a prompt is left empty DROPPED of the time, for classifier-free guidance."""
+DROPPED = 0.1
+VAE: dict[str, Any] = {"crops": 9_000, "whole": 14_000, "batch": 8, "lr": 2e-3, "seed": 1, "kl": 1e-3, "boost": 1.5}
+UNET: dict[str, Any] = {"steps": 10_000, "batch": 64, "lr": 1.5e-3, "seed": 2, "channels": (64, 96)}
+
+
+def scenes() -> SceneDataset:
+    """The scenes to train on, their pictures cached."""
+    return SceneDataset(SCENES, 1, objects=(1, 2)).cached()
+
+
+def discs(scenes: Scenes, size: int) -> Tensor:
+    """1 where a pixel lies within the disc that the ball around an object covers, else 0: (N, K, size, size)."""
+    view = camera(scenes)
+    at, depth = view.project(middles(scenes), size)
+    radius = scenes.scale * view.focal(size) / depth
+    away = (centres(size, at.device).view(1, 1, size, size, 2) - at[:, :, None, None]).norm(dim=-1)
+    return ((away < radius[..., None, None]) & scenes.present[..., None, None]).float()
+
+
+def emphasis(scenes: Scenes, size: int, boost: float) -> Tensor:
+    """Weights of pixels, (N, 1, size, size): 1 everywhere, and more on the objects.
+
+    All objects of a picture together weigh `boost` times as much as the whole picture, and each as much as the other.
+    """
+    of = discs(scenes, size)
+    share = of.mean((2, 3), keepdim=True).clamp(min=1 / size**2)
+    return 1 + boost * (of / share).sum(1, keepdim=True) / scenes.present.sum(1)[:, None, None, None]
+
+
+def reconstruction_loss(y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """The mean over pixels of weight (|y - x| + 4 |y - x|^2), of pictures (B, 3, H, W), by weights (B, 1, H, W): (B,).
+
+    The square makes large errors count, such as a small object in the wrong colour; the weight, that objects are small.
+    """
+    e = (y.float() - x).abs()
+    return (weight * (e + 4 * e.square())).flatten(1).mean(1)
+
+
+def crops(of: SceneDataset, rows: Tensor, side: int, generator: torch.Generator) -> Tensor:
+    """A square of each picture, three in four around an object, (B, 3, side, side): objects are a sixth of the pixels."""
+    scenes, n = of.scenes[rows], len(rows)
+    at, _ = camera(scenes).project(middles(scenes), of.size)
+    which = torch.randint(2, (n,), generator=generator) * scenes.present[:, 1]
+    centre = at[torch.arange(n), which] + torch.randint(-8, 9, (n, 2), generator=generator)
+    anywhere = torch.rand(n, 1, generator=generator) < 0.25
+    centre = torch.where(anywhere, of.size * torch.rand(n, 2, generator=generator), centre)
+    corner = (centre - side / 2).round().long().clamp(0, of.size - side)
+    return torch.stack([x[:, v : v + side, u : u + side] for x, (u, v) in zip(of.pictures(rows), corner.tolist(), strict=True)])
+
+
+def train_vae(of: SceneDataset, net: nets.Compressor, kept: Callable[[str], Path | None], **options: Any) -> Fit:
+    """The first stage: `reconstruction_loss` plus a small weight times the KL divergence, on crops and then on whole pictures.
+
+    The VAE is convolutional, and a crop of a quarter of the pixels costs a quarter of the time.
+    """
+
+    def draw_crops(generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        rows = torch.randint(len(of), (VAE["batch"],), generator=generator)
+        x = crops(of, rows, 32, generator)
+        return x, torch.ones_like(x[:, :1]), torch.randn(len(rows), 4, 4, 4, generator=generator)
+
+    def draw(generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        rows = torch.randint(len(of), (VAE["batch"],), generator=generator)
+        weight = emphasis(of.scenes[rows], of.size, VAE["boost"])
+        return of.pictures(rows), weight, torch.randn(len(rows), 4, 8, 8, generator=generator)
+
+    def loss(net: nets.Compressor, x: Tensor, weight: Tensor, eps: Tensor) -> Tensor:
+        y, kl = net(x, eps)
+        return reconstruction_loss(y, x, weight) + VAE["kl"] * kl
+
+    losses, seconds = [], 0.0
+    for stage, source in (("crops", draw_crops), ("whole", draw)):
+        settings = {"steps": VAE[stage], "lr": VAE["lr"], "seed": VAE["seed"], "nhwc": False}
+        done = fit(net.requires_grad_(True), source, loss, checkpoint=kept(f"vae.{stage}"), **settings, **options)
+        net, losses, seconds = done.net, losses + done.losses, seconds + done.seconds
+    return Fit(net, losses, seconds)
+
+
+@dataclass
+class Latents:
+    """What the U-Net is trained on: mean and std of the VAE's latents (N, 4, 8, 8), and token ids (N, WORDINGS, LENGTH).
+
+    `empty` holds the ids of the empty prompt.
+    """
+
+    mean: Tensor
+    std: Tensor
+    ids: Tensor
+    empty: Tensor
+
+
+@torch.no_grad()
+def compress(of: SceneDataset, vae: AutoencoderKL, device: str | None = None, kept: Path | None = None) -> Latents:
+    """The latents of all scenes and the tokens of WORDINGS captions of each; `kept` is a file that saves doing it twice."""
+    where = pick_device(device)
+    if kept is not None and kept.exists():
+        mean, std = torch.load(kept, weights_only=True)
+    else:
+        vae = vae.to(where).eval()
+        pieces = []
+        for rows in tqdm(torch.arange(len(of)).split(128), desc="encoding scenes", unit="batch"):
+            with autocast(where):
+                found = vae.encode(of.pictures(rows).to(where)).latent_dist
+            pieces.append((found.mean.half().cpu(), found.std.half().cpu()))
+        mean, std = (torch.cat(piece) for piece in zip(*pieces, strict=True))
+        if kept is not None:
+            write_atomically(kept, lambda path: torch.save((mean, std), path))
+    tokens = nets.tokenizer(vocabulary())
+    ids = torch.stack([nets.token_ids(tokens, of.captions(seed)).short() for seed in range(WORDINGS)], 1)
+    return Latents(mean.float(), std.float(), ids, nets.token_ids(tokens, [""]).short())
+
+
+def standardise(latents: Latents, vae: AutoencoderKL) -> Latents:
+    """The latents of the same scenes with mean 0 and variance 1 in every channel; `vae` then gives and takes these."""
+    mean = latents.mean.mean((0, 2, 3))
+    std = (latents.mean.var((0, 2, 3)) + latents.std.square().mean((0, 2, 3))).sqrt()
+    nets.standardise(vae, mean, std)
+    m, s = mean[:, None, None], std[:, None, None]
+    return replace(latents, mean=(latents.mean - m) / s, std=latents.std / s)
+
+
+def train_unet(latents: Latents, net: nets.TextToLatent, **options: Any) -> Fit:
+    """The second stage: the denoising loss of v on latents, prompts among WORDINGS, noise levels even in t."""
+    schedule = discrete_of(nets.scheduler())
+    sigmas = schedule.sigma(torch.arange(1000))
+    batch = UNET["batch"]
+
+    def draw(generator: torch.Generator) -> tuple[Tensor, ...]:
+        rows = torch.randint(len(latents.mean), (batch,), generator=generator)
+        wording = torch.randint(latents.ids.shape[1], (batch,), generator=generator)
+        ids = latents.ids[rows, wording]
+        dropped = torch.rand(batch, 1, generator=generator) < DROPPED
+        posterior, eps = torch.randn(2, batch, *latents.mean.shape[1:], generator=generator)
+        x0 = latents.mean[rows] + latents.std[rows] * posterior
+        # One level in each of `batch` strata: the same distribution, a loss that varies less (Kingma et al. 2021, App. I.1).
+        t = (torch.arange(batch) + torch.rand(batch, generator=generator)) / batch * len(sigmas)
+        level = t.long().clamp(max=len(sigmas) - 1)  # fp32 may round the last stratum up to its end
+        return x0, sigmas[level], eps, torch.where(dropped, latents.empty, ids).long()
+
+    def loss(net: torch.nn.Module, x0: Tensor, sigma: Tensor, eps: Tensor, ids: Tensor) -> Tensor:
+        return denoising_loss(from_v(net, schedule.t_of_sigma, ids=ids), x0, sigma, eps, weight="v")
+
+    return fit(net, draw, loss, ema_decay=0.9995, **options)
+
+
+def network(name: str = "mini-sd") -> nets.MiniSD:
+    """The untrained pipeline."""
+    words, vae = vocabulary(), nets.vae()
+    generator = nets.TextToLatent(nets.unet(UNET["channels"]), nets.text_encoder(len(nets.tokenizer(words))))
+    return nets.MiniSD(vae, generator, words)
+
+
+def read(model: Pretrained) -> nets.MiniSD:
+    """The networks of a loaded pipeline."""
+    parts = model.components
+    return nets.MiniSD(parts["vae"], nets.TextToLatent(parts["unet"], parts["text_encoder"]), sorted(model.words))
+
+
+def train(
+    name: str,
+    net: nets.MiniSD | None = None,
+    steps: int | None = None,
+    lr: float | None = None,
+    seed: int | None = None,
+    device: str | None = None,
+    checkpoint: Path | None = None,
+    **options: Any,
+) -> Fit:
+    """Both stages, the second for `steps`; with `net` given, its VAE is kept and the second stage goes on from its weights."""
+    of, options = scenes(), {"device": device, **options}
+
+    def kept(stage: str) -> Path | None:
+        return checkpoint and checkpoint.with_name(f"{name}.{stage}.ckpt")
+
+    losses, seconds = [], 0.0
+    if net is None:
+        torch.manual_seed(VAE["seed"])
+        net = network(name)
+        first = train_vae(of, nets.Compressor(net.vae), kept, **options)
+        net.vae, losses, seconds = first.net.vae, first.losses, first.seconds
+        latents = standardise(compress(of, net.vae, device, kept("latents")), net.vae)
+    else:
+        latents = compress(of, net.vae, device, kept("latents.zoo"))
+    chosen = {key: UNET[key] if value is None else value for key, value in (("steps", steps), ("lr", lr), ("seed", seed))}
+    second = train_unet(latents, net.generator.requires_grad_(True), checkpoint=kept("unet"), **chosen, **options)
+    net.generator = second.net
+    return Fit(net.eval().requires_grad_(False), losses + second.losses, seconds + second.seconds)
+
+
+def judge(name: str, net: nets.MiniSD) -> dict[str, Any]:
+    """VAE, prompts and distribution, see `judge_scenes`."""
+    return judge_scenes.judge(wrap(net.pipeline(), name, frozenset(net.words)))
