@@ -7,6 +7,7 @@ from course_lib.study.explorers import ReverseExplorer, ScheduleExplorer
 from course_lib.study.particles import ParticleExplorer
 from course_lib.study.pictures import animate, canvas, grid, png, render, strip, tile
 from course_lib.study.points import density, field, plane, scatter
+from course_lib.study.scenes import PromptExplorer, SceneExplorer
 from course_lib.study.style import COLOURS, DENSITY, use
 
 __all__ = [
@@ -15,7 +16,9 @@ __all__ = [
     "DebugExplorer",
     "Explorer",
     "ParticleExplorer",
+    "PromptExplorer",
     "ReverseExplorer",
+    "SceneExplorer",
     "ScheduleExplorer",
     "animate",
     "canvas",

@@ -68,14 +68,13 @@ class Panel(widgets.VBox):
         if values is None:  # a display has drawn them meanwhile
             return
         self.redraws += 1
+        self.message.value = ""
         try:
             with style.context():  # an axis makes its ticks when drawn, in the style of that moment
                 self._show(values)
         except Exception as error:  # on a kernel's loop it would vanish into the log
             words = " ".join(f"{type(error).__name__}: {error}".split())
             self.message.value = f'<span style="color:{style.COLOURS["warn"]}">{html.escape(words)}</span>'
-        else:
-            self.message.value = ""
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.values.items())})"

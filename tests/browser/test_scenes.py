@@ -1,0 +1,105 @@
+"""The explorers of the scene world in JupyterLab: offline, redrawn by menus, sliders and a prompt, with warnings in sight."""
+
+import os
+from pathlib import Path
+from urllib.parse import urlsplit, urlunsplit
+
+import nbformat
+import pytest
+
+from tests.browser.tools import run_all, until
+
+NOTEBOOK = "scenes.ipynb"
+SCENE = """from course_lib import study
+
+scene = study.SceneExplorer()
+scene"""
+PROMPT = """import warnings
+
+from course_lib.zoo.pretrained import wrap
+from course_lib.zoo.recipes import mini_sd
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # of diffusers, when a pipeline is made
+    net = mini_sd.network()
+    model = wrap(net.pipeline(), "mini-sd", frozenset(net.words))
+prompt = study.PromptExplorer(model)
+prompt"""
+ARRIVED = """img => {
+    window.arrived = [];
+    new MutationObserver(() => window.arrived.push(performance.now())).observe(img, {attributes: true});
+    document.addEventListener("keydown", () => { window.key = performance.now(); }, true);
+}"""
+
+
+@pytest.mark.browser
+@pytest.mark.slow
+def test_scenes_and_prompts_in_jupyterlab(lab, watched):
+    page, path = watched.page, lab.base / NOTEBOOK
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in (SCENE, PROMPT)])
+    notebook.metadata.kernelspec = {"name": "python3", "display_name": "Python 3"}
+    nbformat.write(notebook, path)
+    address = urlsplit(lab.url)
+    page.goto(urlunsplit(address._replace(path=f"/lab/tree/{NOTEBOOK}")))
+    page.locator(".jp-CodeCell").first.wait_for(timeout=60_000)
+    cells = run_all(page, path)
+
+    # What a viewer without a kernel gets is a picture and a line of text.
+    for cell in cells:
+        shown = [output for output in cell.outputs if output.output_type == "execute_result"]
+        assert [set(output.data) for output in shown] == [{"application/vnd.jupyter.widget-view+json", "image/png", "text/plain"}]
+    size = path.stat().st_size
+    print(f"saved notebook: {size / 1000:.0f} kB")
+    assert size < 400_000
+
+    def shot(cell, name):
+        if folder := os.environ.get("SHOTS"):  # a folder for screenshots, to look at
+            cell.locator(".jp-OutputArea").first.screenshot(path=Path(folder) / f"{name}.png")
+
+    scene, prompt = (page.locator(".jp-CodeCell").nth(i) for i in range(2))
+    for cell, height in ((scene, 540), (prompt, 570)):
+        picture = cell.locator(".jp-OutputArea-output img.widget-image")
+        picture.wait_for(timeout=30_000)
+        until(page, lambda picture=picture: picture.evaluate("img => img.naturalWidth") == 900, 10, "a picture")
+        assert picture.evaluate("img => img.naturalHeight") == height
+
+    # A menu redraws the scene in place, a key on a slider does so soon.
+    picture = scene.locator("img.widget-image")
+    picture.evaluate(ARRIVED)
+    before = picture.get_attribute("src")
+    scene.locator("select").first.select_option("house")
+    until(page, lambda: picture.get_attribute("src") != before, 5, "the picture of a house")
+    page.wait_for_timeout(300)
+    shot(scene, "scene")
+    handle = scene.locator(".noUi-handle").first
+    handle.focus()
+    for _ in range(3):
+        before = page.evaluate("window.arrived.length")
+        handle.press("ArrowRight")
+        until(page, lambda before=before: page.evaluate("window.arrived.length") > before, 5, "a new picture")
+        page.wait_for_timeout(400)
+        wait = page.evaluate("window.arrived.find(one => one > window.key) - window.key")
+        print(f"key to picture: {wait:.0f} ms")
+        assert wait < 600
+
+    # A prompt is drawn once it is finished; words that the model never saw are named below, and stay named.
+    picture, box = prompt.locator("img.widget-image"), prompt.locator("input[type=text]").first
+    before = picture.get_attribute("src")
+    box.fill("a purple dragon")
+    page.wait_for_timeout(500)
+    assert picture.get_attribute("src") == before
+    box.press("Enter")
+    until(page, lambda: picture.get_attribute("src") != before, 10, "the picture of the prompt")
+    warning = prompt.get_by_text("model 'mini-sd' never saw 'dragon'; the words that it knows:")
+    warning.wait_for(timeout=5_000)
+    before = picture.get_attribute("src")
+    prompt.locator(".noUi-handle").first.press("ArrowRight")
+    until(page, lambda: picture.get_attribute("src") != before, 10, "the picture at another guidance")
+    page.wait_for_timeout(500)
+    assert warning.is_visible()
+    shot(prompt, "prompt")
+    box.fill("a purple mug")
+    box.press("Enter")
+    until(page, lambda: warning.count() == 0, 10, "no warning")
+
+    assert watched.foreign == [] and watched.errors == []
