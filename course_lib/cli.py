@@ -205,14 +205,20 @@ def train(
 
 @app.command()
 def tune(
-    world: Annotated[str, typer.Argument(help="ring or digits: where the four families of lecture 02 are compared.")],
+    world: Annotated[
+        str, typer.Argument(help="ring or digits, where the four families of lecture 02 are compared; or mini-sd, for its size.")
+    ],
 ) -> None:
-    """Try six settings of each of the four families for equal time, and store the scores and the best beside the models.
+    """Try six settings of each of the four families for equal time, or two sizes of mini-sd, and store the scores.
 
     Example: `course tune ring`
     """
+    from course_lib.zoo import trial
     from course_lib.zoo import tune as tuner
 
+    if world == "mini-sd":
+        console.print(f"written: {trial.run(say=console.print)}")
+        return
     console.print(f"written: {tuner.tune(world, say=console.print)}")
 
 

@@ -37,6 +37,10 @@ VAE: dict[str, Any] = {"crops": 9_000, "whole": 14_000, "batch": 8, "lr": 2e-3, 
 UNET: dict[str, Any] = {"steps": 10_000, "batch": 64, "lr": 1.5e-3, "seed": 2, "channels": (64, 96)}
 
 
+Kept = Callable[[str], Path | None]
+"""The checkpoint of a stage by its name, or None for none."""
+
+
 def scenes() -> SceneDataset:
     """The scenes to train on, their pictures cached."""
     return SceneDataset(SCENES, 1, objects=(1, 2)).cached()
@@ -82,7 +86,7 @@ def crops(of: SceneDataset, rows: Tensor, side: int, generator: torch.Generator)
     return torch.stack([x[:, v : v + side, u : u + side] for x, (u, v) in zip(of.pictures(rows), corner.tolist(), strict=True)])
 
 
-def train_vae(of: SceneDataset, net: nets.Compressor, kept: Callable[[str], Path | None], **options: Any) -> Fit:
+def train_vae(of: SceneDataset, net: nets.Compressor, kept: Kept, **options: Any) -> Fit:
     """The first stage: `reconstruction_loss` plus a small weight times the KL divergence, on crops and then on whole pictures.
 
     The VAE is convolutional, and a crop of a quarter of the pixels costs a quarter of the time.
@@ -177,11 +181,23 @@ def train_unet(latents: Latents, net: nets.TextToLatent, **options: Any) -> Fit:
     return fit(net, draw, loss, ema_decay=0.9995, **options)
 
 
-def network(name: str = "mini-sd") -> nets.MiniSD:
-    """The untrained pipeline."""
-    words, vae = vocabulary(), nets.vae()
-    generator = nets.TextToLatent(nets.unet(UNET["channels"]), nets.text_encoder(len(nets.tokenizer(words))))
+def network(name: str = "mini-sd", channels: tuple[int, ...] | None = None) -> nets.MiniSD:
+    """The untrained pipeline, with the U-Net of UNET or of other channels; the same in every call."""
+    words = vocabulary()
+    with torch.random.fork_rng([]):
+        torch.manual_seed(VAE["seed"])
+        vae = nets.vae()
+        torch.manual_seed(UNET["seed"])
+        generator = nets.TextToLatent(nets.unet(channels or UNET["channels"]), nets.text_encoder(len(nets.tokenizer(words))))
     return nets.MiniSD(vae, generator, words)
+
+
+def first_stage(net: nets.MiniSD, kept: Kept, device: str | None = None, **options: Any) -> tuple[Latents, Fit]:
+    """Train the VAE of `net`, in place; returns the latents of all scenes, standardised, and the run."""
+    of = scenes()
+    done = train_vae(of, nets.Compressor(net.vae), kept, device=device, **options)
+    net.vae = done.net.vae
+    return standardise(compress(of, net.vae, device, kept("latents")), net.vae), done
 
 
 def read(model: Pretrained) -> nets.MiniSD:
@@ -201,20 +217,18 @@ def train(
     **options: Any,
 ) -> Fit:
     """Both stages, the second for `steps`; with `net` given, its VAE is kept and the second stage goes on from its weights."""
-    of, options = scenes(), {"device": device, **options}
+    options["device"] = device
 
     def kept(stage: str) -> Path | None:
         return checkpoint and checkpoint.with_name(f"{name}.{stage}.ckpt")
 
     losses, seconds = [], 0.0
     if net is None:
-        torch.manual_seed(VAE["seed"])
         net = network(name)
-        first = train_vae(of, nets.Compressor(net.vae), kept, **options)
-        net.vae, losses, seconds = first.net.vae, first.losses, first.seconds
-        latents = standardise(compress(of, net.vae, device, kept("latents")), net.vae)
+        latents, first = first_stage(net, kept, **options)
+        losses, seconds = first.losses, first.seconds
     else:
-        latents = compress(of, net.vae, device, kept("latents.zoo"))
+        latents = compress(scenes(), net.vae, device, kept("latents.zoo"))
     chosen = {key: UNET[key] if value is None else value for key, value in (("steps", steps), ("lr", lr), ("seed", seed))}
     second = train_unet(latents, net.generator.requires_grad_(True), checkpoint=kept("unet"), **chosen, **options)
     net.generator = second.net
