@@ -31,6 +31,8 @@ RECIPES = {
     "digits-reader": "course_lib.zoo.recipes.digits_reader",
     "digits-reader-2": "course_lib.zoo.recipes.digits_reader",
     "scenes-reader": "course_lib.zoo.recipes.scenes_reader",
+    "scenes-reader-2": "course_lib.zoo.recipes.scenes_reader",
+    "mini-sd": "course_lib.zoo.recipes.mini_sd",
     **{
         f"{world}-{family}": "course_lib.zoo.recipes.compared"
         for world in ("ring", "digits")
@@ -46,8 +48,8 @@ class ZooError(ValueError):
 
 
 def names() -> list[str]:
-    """The embedded models."""
-    return list(RECIPES)
+    """The embedded models: those of RECIPES that have a card, since the others are not trained yet."""
+    return [name for name in RECIPES if (CARDS / f"{name}.json").exists()]
 
 
 def recipe(name: str) -> ModuleType:
@@ -91,8 +93,8 @@ def available(name: str) -> bool:
 
 
 def load(name: str, device: str | None = None) -> Any:
-    """Return the trained model of this name, in evaluation mode: a Denoiser; for readers the network; for `ring-*` and
-    `digits-*` the three models of a family, one for each seed; for a pipeline a `pretrained.Pretrained`.
+    """Return the trained model of this name, in evaluation mode: a Denoiser; for readers of digits the network, of scenes a
+    `readers.SceneReader`; for `ring-*` and `digits-*` the three models of a family; for a pipeline a `pretrained.Pretrained`.
 
     A pipeline is embedded, a local folder, a short name of `hub.toml` or a hub id. Raises ZooError, in one line, for an
     unknown name, missing or damaged weights, a wrong hash, and for a hub id where there is no network.

@@ -119,7 +119,7 @@ def _probe(name: str, place: str) -> None:
         ) from None
     except HfHubHTTPError as error:
         raise ZooError(f"hub model {place!r} was refused by the hub ({_first_line(error)}); {instead(name)}") from None
-    except Exception as error:  # which class a lost connection has depends on the version of huggingface_hub
+    except Exception as error:  # huggingface_hub's HTTP library, and so the class of a lost connection, changes by version
         raise ZooError(
             f"hub model {place!r} is not on this machine, and there is no network ({type(error).__name__}); {instead(name)}"
         ) from None
