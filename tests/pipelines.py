@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import string
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -175,3 +176,10 @@ def ddpm(scheduler: Any = None) -> DDPMPipeline:
         attention_head_dim=4, **blocks,
     ).eval()  # fmt: skip
     return DDPMPipeline(net, scheduler or DDPMScheduler(clip_sample=False))
+
+
+def save_each(folder: Path) -> Path:
+    """One pipeline of each kind in `folder`: sd, xl, sd3 and ddpm."""
+    for name, make in {"sd": stable_diffusion, "xl": stable_diffusion_xl, "sd3": stable_diffusion_3, "ddpm": ddpm}.items():
+        make().save_pretrained(folder / name)
+    return folder

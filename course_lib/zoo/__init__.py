@@ -92,6 +92,19 @@ def available(name: str) -> bool:
     return folder is not None and (folder / folders.INDEX).is_file() and not folders.missing_files(folder)
 
 
+def stand_in(name: str) -> str:
+    """The embedded model that does the work of a public pipeline of `hub.toml`, given by its short name or hub id.
+
+    Any other pipeline has mini-sd. Raises ZooError for a name that can be no pipeline's.
+    """
+    from course_lib.zoo import hub
+
+    if not hub.known(name):
+        raise ZooError(f"model = {name!r} is no public pipeline; expected a hub id or one of {', '.join(hub.table())}")
+    entry = hub.find(name)
+    return entry.stand_in if entry else "mini-sd"
+
+
 def load(name: str, device: str | None = None) -> Any:
     """Return the trained model of this name, in evaluation mode: a Denoiser; for readers of digits the network, of scenes a
     `readers.SceneReader`; for `ring-*` and `digits-*` the three models of a family; for a pipeline a `pretrained.Pretrained`.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
+import logging
 import math
 import re
 import warnings
@@ -34,6 +35,15 @@ TOP = 1e6
 """Where the grid of a flow starts, instead of at sigma = infinity: the pictures differ by about 1e-6."""
 T5_TOKENS = 256
 """The longest prompt that the third text encoder of Stable Diffusion 3 is given."""
+
+
+def _worth_saying(record: logging.LogRecord) -> bool:
+    return "ImageProcessor` requires torchvision (not installed)" not in record.getMessage()
+
+
+# Pipelines of diffusers import image processors of transformers, which no model here uses; transformers then says that they
+# fall back to PIL because there is no torchvision. The course does without it, and to a student the line reads like a fault.
+logging.getLogger("transformers.utils.import_utils").addFilter(_worth_saying)
 
 
 @dataclass(frozen=True)

@@ -70,10 +70,14 @@ def test_the_table():
         assert hub.HUB_ID.fullmatch(entry.hub_id) and not hub.HUB_ID.fullmatch(name)
         assert name not in zoo.RECIPES
         assert entry.stand_in == {"text-to-image": "mini-sd", "unconditional": "digits"}[entry.kind]
+        assert zoo.stand_in(name) == zoo.stand_in(entry.hub_id) == entry.stand_in
         assert entry.what and entry.licence
         assert hub.find(name) is hub.find(entry.hub_id) is entry
     assert len({entry.hub_id for entry in table.values()}) == len(table)
     assert [name for name, entry in table.items() if entry.gated] == ["stable-diffusion-3"]
+    assert zoo.stand_in("somebody/else") == "mini-sd"
+    with pytest.raises(zoo.ZooError, match="model = 'digitz' is no public pipeline; expected a hub id or one of stable-diffusion"):
+        zoo.stand_in("digitz")
 
 
 # --- on this machine -----------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from dataclasses import dataclass
 
 import torch
@@ -15,13 +16,16 @@ from course_lib.worlds.scenes.sampling import uniforms
 FIRST_STREAM = 4000
 """Wording of motions draws from streams of its own, so that one seed may serve all."""
 
+MAX_TOKENS = 30
+"""Words and commas of a caption: a text encoder of 32 tokens takes no more between the two that mark the ends."""
+
 OF_OBJECTS = ("slide", "bounce", "spin")
 """The motions of object 0; the others are the camera's."""
 
 PHRASES: dict[tuple[str, str], tuple[str, ...]] = {
-    ("slide", "left"): ("sliding to the left", "moving to the left", "gliding left"),
-    ("slide", "right"): ("sliding to the right", "moving to the right", "gliding right"),
-    ("bounce", ""): ("bouncing", "hopping", "jumping up and down"),
+    ("slide", "left"): ("sliding left", "moving left", "gliding left"),
+    ("slide", "right"): ("sliding right", "moving right", "gliding right"),
+    ("bounce", ""): ("bouncing", "hopping", "jumping"),
     ("spin", ""): ("spinning", "turning around", "rotating"),
     ("orbit", "left"): ("while the camera orbits to the left", "as the camera circles to the left"),
     ("orbit", "right"): ("while the camera orbits to the right", "as the camera circles to the right"),
@@ -60,8 +64,9 @@ def directions(clips: Clips) -> list[str]:
 def motion_captions(clips: Clips, seed: int, first: int = 0) -> list[str]:
     """Describe each clip in words: a caption of its first frame, then the motion; wording i depends on (seed, first + i).
 
-    Where a scene has two objects, the one that moves is named in full: ", the small red cube sliding to the left". At most
-    MAX_WORDS + 8 words. Raises ValueError as `captions` does.
+    Where a scene has two objects, the one that moves is named in full: ", the small red cube sliding left". At most
+    MAX_TOKENS words and commas: of ground, light and views, the last that are named are left out until it fits. Raises
+    ValueError as `captions` does.
     """
     numbers = uniforms(seed, torch.arange(first, first + len(clips)), 4, FIRST_STREAM).tolist()
     start, texts = clips.start, []
@@ -73,8 +78,24 @@ def motion_captions(clips: Clips, seed: int, first: int = 0) -> list[str]:
         if objects > 1 and MOTIONS[motion] in OF_OBJECTS:
             named = zip(tables, kind, row[1:], strict=True)
             phrase = f"the {' '.join(_one(WORDING[key][names[i]], u) for (key, names), i, u in named)} {phrase}"
-        texts.append(f"{text}, {phrase}")
+        texts.append(f"{_within(text, MAX_TOKENS - 1 - len(words(phrase)))}, {phrase}")
     return texts
+
+
+@functools.cache
+def _details() -> re.Pattern[str]:
+    """Finds what the caption of a scene may leave out, with the comma that goes with it."""
+    phrases = [phrase for kind in ("ground", "light", "view") for names in WORDING[kind].values() for phrase in names]
+    either = "|".join(phrases)
+    return re.compile(rf"^({either}), |,? ({either})\b")
+
+
+def _within(text: str, room: int) -> str:
+    """The caption of a scene, without the last of its details that make it longer than `room` words and commas."""
+    while len(words(text)) > room:
+        *_, last = _details().finditer(text)
+        text = text[: last.start()] + text[last.end() :]
+    return text
 
 
 def _one(options: tuple[str, ...], u: float) -> str:
@@ -97,7 +118,7 @@ def parse_motion(caption: str) -> ClipReading:
     known = _phrases()
     size = next((n for n in range(max(map(len, known)), 0, -1) if tuple(tokens[-n:]) in known), 0)
     if not size:
-        raise ValueError(f"caption {caption!r} ends in no motion; expected one such as 'sliding to the left' at its end")
+        raise ValueError(f"caption {caption!r} ends in no motion; expected one such as 'sliding left' at its end")
     motion, direction = known[tuple(tokens[-size:])]
     rest, mover = tokens[:-size], None
     last = max((i for i, word in enumerate(rest) if word == "the"), default=0)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from course_lib.nets.reader import ConvReader, MixingReader
 from course_lib.training import Fit, fit
 from course_lib.worlds import digits
+from course_lib.zoo.recipes.settings import settings
 
 DATA = "scikit-learn's load_digits, the first 1,437 images of the file, 16 x 16"
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -43,7 +44,6 @@ def train(
     **options: Any,
 ) -> Fit:
     """Cross-entropy on shifted, slightly noisy training digits."""
-    spec = VARIANTS[name]
     images, labels = digits.load("train")
 
     def draw(generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -55,10 +55,10 @@ def train(
     def loss(net: nn.Module, x: Tensor, label: Tensor) -> Tensor:
         return F.cross_entropy(net(x).float(), label, reduction="none", label_smoothing=0.05)
 
-    steps, lr, seed = (spec[key] if given is None else given for key, given in (("steps", steps), ("lr", lr), ("seed", seed)))
-    torch.manual_seed(seed)
+    chosen = settings(VARIANTS[name], steps=steps, lr=lr, seed=seed)
+    torch.manual_seed(chosen["seed"])
     net = network(name) if net is None else net
-    return fit(net, draw, loss, steps=steps, lr=lr, weight_decay=0.02, seed=seed, half=False, **options)
+    return fit(net, draw, loss, weight_decay=0.02, half=False, **chosen, **options)
 
 
 @torch.no_grad()

@@ -27,13 +27,20 @@ from course_lib.worlds.scenes.dataset import SceneDataset
 from course_lib.worlds.scenes.sampling import middles
 from course_lib.zoo import judge_scenes
 from course_lib.zoo.pretrained import Pretrained, wrap
+from course_lib.zoo.recipes.settings import settings
 
 DATA = "the scene world at 64 px: 60,000 training scenes of seed 1, one or two objects, with captions"
 SCENES = 60_000
 WORDINGS = 8
 """Captions of each scene; a prompt is left empty DROPPED of the time, for classifier-free guidance."""
 DROPPED = 0.1
-VAE: dict[str, Any] = {"crops": 9_000, "whole": 14_000, "batch": 8, "lr": 2e-3, "seed": 1, "kl": 1e-3, "boost": 1.5}
+VAE: dict[str, Any] = {"batch": 8, "kl": 1e-3, "boost": 1.5, "seed": 1}
+VAE_STAGES: dict[str, dict[str, Any]] = {
+    "crops": {"steps": 9_000, "lr": 2e-3, "seed": 1},
+    "whole": {"steps": 14_000, "lr": 2e-3, "seed": 1},
+    "fine": {"steps": 5_000, "lr": 1e-3, "seed": 2},
+}
+"""Each starts from the weights of the one before: squares cut from the pictures, whole pictures, the same at a lower rate."""
 UNET: dict[str, Any] = {"steps": 10_000, "batch": 64, "lr": 1.5e-3, "seed": 2, "channels": (64, 96)}
 
 
@@ -89,7 +96,7 @@ def crops(of: SceneDataset, rows: Tensor, side: int, generator: torch.Generator)
 def train_vae(of: SceneDataset, net: nets.Compressor, kept: Kept, **options: Any) -> Fit:
     """The first stage: `reconstruction_loss` plus a small weight times the KL divergence, on crops and then on whole pictures.
 
-    The VAE is convolutional, and a crop of a quarter of the pixels costs a quarter of the time.
+    The VAE is convolutional, and a crop of a quarter of the pixels costs a quarter of the time. See VAE_STAGES.
     """
 
     def draw_crops(generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
@@ -107,9 +114,9 @@ def train_vae(of: SceneDataset, net: nets.Compressor, kept: Kept, **options: Any
         return reconstruction_loss(y, x, weight) + VAE["kl"] * kl
 
     losses, seconds = [], 0.0
-    for stage, source in (("crops", draw_crops), ("whole", draw)):
-        settings = {"steps": VAE[stage], "lr": VAE["lr"], "seed": VAE["seed"], "nhwc": False}
-        done = fit(net.requires_grad_(True), source, loss, checkpoint=kept(f"vae.{stage}"), **settings, **options)
+    for stage, chosen in VAE_STAGES.items():
+        source, file = (draw_crops if stage == "crops" else draw), kept(f"vae.{stage}")
+        done = fit(net.requires_grad_(True), source, loss, checkpoint=file, nhwc=False, **chosen, **options)
         net, losses, seconds = done.net, losses + done.losses, seconds + done.seconds
     return Fit(net, losses, seconds)
 
@@ -229,7 +236,7 @@ def train(
         losses, seconds = first.losses, first.seconds
     else:
         latents = compress(scenes(), net.vae, device, kept("latents.zoo"))
-    chosen = {key: UNET[key] if value is None else value for key, value in (("steps", steps), ("lr", lr), ("seed", seed))}
+    chosen = settings(UNET, steps=steps, lr=lr, seed=seed)
     second = train_unet(latents, net.generator.requires_grad_(True), checkpoint=kept("unet"), **chosen, **options)
     net.generator = second.net
     return Fit(net.eval().requires_grad_(False), losses + second.losses, seconds + second.seconds)

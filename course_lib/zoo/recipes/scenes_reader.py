@@ -18,6 +18,7 @@ from course_lib.worlds.scenes.attributes import Scenes
 from course_lib.worlds.scenes.dataset import SceneDataset
 from course_lib.worlds.scenes.labels import OF_OBJECT, OF_SCENE, labels
 from course_lib.zoo.readers import SceneReader, azimuth_errors, correct
+from course_lib.zoo.recipes.settings import settings
 
 DATA = "the scene world at 64 px, one or two objects: 60,000 scenes of seed 1 and 6,000 held-out combinations of seed 2"
 TRAINING = {"train": (60_000, 1), "held out": (6_000, 2)}
@@ -95,7 +96,6 @@ def train(
     **options: Any,
 ) -> Fit:
     """Minimise `loss` on degraded pictures of both splits."""
-    spec = VARIANTS[name]
     sets = data(TRAINING)
     tables = [_table(each.scenes) for each in sets]
 
@@ -107,10 +107,10 @@ def train(
         table = torch.cat([each[r] for each, r in zip(tables, rows, strict=True)])
         return degrade(x, generator), table
 
-    steps, lr, seed = (spec[key] if given is None else given for key, given in (("steps", steps), ("lr", lr), ("seed", seed)))
-    torch.manual_seed(seed)
+    chosen = settings(VARIANTS[name], steps=steps, lr=lr, seed=seed)
+    torch.manual_seed(chosen["seed"])
     net = network(name) if net is None else net
-    return fit(net, draw, loss, steps=steps, lr=lr, weight_decay=0.02, ema_decay=0.998, seed=seed, **options)
+    return fit(net, draw, loss, weight_decay=0.02, ema_decay=0.998, **chosen, **options)
 
 
 def judge(name: str, net: nn.Module) -> dict[str, Any]:
