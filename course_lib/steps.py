@@ -11,16 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from course_lib.integrals import ratio
 from course_lib.schedules import Schedule
 from course_lib.types import Denoiser, Noise, Step, right
 
 
-def _ratio(sigma: Tensor, sigma_next: Tensor) -> Tensor:
-    """sigma' / sigma; 1 where sigma = 0, so that frames without noise pass unchanged."""
-    return torch.where(sigma > 0, sigma_next / sigma, 1.0)
-
-
-def _check_falling(sigma: Tensor, sigma_next: Tensor) -> None:
+def check_falling(sigma: Tensor, sigma_next: Tensor) -> None:
+    """Raise ValueError where the level rises: a step that adds noise cannot invert."""
     if bool((sigma_next > sigma).any()):
         raise ValueError(
             f"sigma_next = {sigma_next.tolist()} is above sigma = {sigma.tolist()}; expected a falling grid: "
@@ -34,7 +31,7 @@ def ddim(D: Denoiser, x: Tensor, sigma: Tensor, sigma_next: Tensor, memory: Any 
     x' = x0 + sigma' eps,  x0 = D(x, sigma),  eps = (x - x0) / sigma
     """
     x0 = D(x, sigma)
-    return x0 + right(_ratio(sigma, sigma_next), x) * (x - x0), None
+    return x0 + right(ratio(sigma, sigma_next), x) * (x - x0), None
 
 
 def ddim_eta(eta: float, noise: Noise) -> Step:
@@ -48,11 +45,11 @@ def ddim_eta(eta: float, noise: Noise) -> Step:
     def step(D: Denoiser, x: Tensor, sigma: Tensor, sigma_next: Tensor, memory: Any = None) -> tuple[Tensor, Any]:
         if eta == 0:
             return ddim(D, x, sigma, sigma_next)
-        _check_falling(sigma, sigma_next)
-        x0, ratio = D(x, sigma), _ratio(sigma, sigma_next)
-        share = eta * (1 - ratio**2).sqrt()
+        check_falling(sigma, sigma_next)
+        x0, rho = D(x, sigma), ratio(sigma, sigma_next)
+        share = eta * (1 - rho**2).sqrt()
         s = share * sigma_next
-        x_next = x0 + right(ratio * (1 - share**2).sqrt(), x) * (x - x0)
+        x_next = x0 + right(rho * (1 - share**2).sqrt(), x) * (x - x0)
         return (x_next + right(s, x) * noise(x) if bool((s > 0).any()) else x_next), None
 
     return step
@@ -69,14 +66,14 @@ def ddpm(noise: Noise, variance: str = "small") -> Step:
         raise ValueError(f"variance = {variance!r}; expected 'small' (beta-tilde) or 'large' (beta)")
 
     def step(D: Denoiser, x: Tensor, sigma: Tensor, sigma_next: Tensor, memory: Any = None) -> tuple[Tensor, Any]:
-        _check_falling(sigma, sigma_next)
+        check_falling(sigma, sigma_next)
         x0 = D(x, sigma)
-        ratio = _ratio(sigma, sigma_next) ** 2
-        mean = x0 + right(ratio, x) * (x - x0)
+        rho2 = ratio(sigma, sigma_next) ** 2
+        mean = x0 + right(rho2, x) * (x - x0)
         if not bool((sigma_next > 0).any()):
             return mean, None
         gap = sigma**2 - sigma_next**2
-        s2 = ratio * gap if variance == "small" else (1 + sigma_next**2) * gap / (1 + sigma**2)
+        s2 = rho2 * gap if variance == "small" else (1 + sigma_next**2) * gap / (1 + sigma**2)
         s = torch.where(sigma_next > 0, s2, 0.0).sqrt()
         return mean + right(s, x) * noise(x), None
 

@@ -22,6 +22,7 @@ from course_lib.guidance import cfg
 from course_lib.sample import sample
 from course_lib.schedules import Discrete
 from course_lib.steps import ddim, ddim_eta, ddpm
+from tests.parity.tools import net, normal, tiny_unet
 
 F64 = torch.float64
 MAKE = {"epsilon": from_eps, "sample": from_x0, "v_prediction": from_v}
@@ -50,15 +51,6 @@ def grid_of(scheduler) -> torch.Tensor:
     final = getattr(scheduler, "final_alpha_cumprod", torch.tensor(1.0)).double().reshape(1)
     alpha_bar = torch.cat([scheduler.alphas_cumprod.double()[scheduler.timesteps], final])
     return ((1 - alpha_bar) / alpha_bar).sqrt()
-
-
-def net(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-    """Some nonlinear network of bounded output, with a time."""
-    return torch.sin(1.7 * x_t + 0.002 * t.to(x_t)) + 0.2 * torch.cos(x_t.flip(-1))
-
-
-def normal(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
 
 
 def same(found: torch.Tensor, theirs: torch.Tensor) -> bool:
@@ -165,13 +157,6 @@ def test_a_clipped_denoiser_is_their_clipped_ddpm():
 
 
 # --- whole networks ----------------------------------------------------------------------------------------------------
-
-
-def tiny_unet(**options) -> UNet2DModel:
-    torch.manual_seed(0)
-    sizes = {"sample_size": 8, "in_channels": 2, "out_channels": 2, "block_out_channels": (8, 16), "norm_num_groups": 4}
-    blocks = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D")}
-    return UNet2DModel(layers_per_block=1, attention_head_dim=4, **sizes, **blocks, **options).eval().requires_grad_(False)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
