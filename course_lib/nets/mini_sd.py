@@ -142,6 +142,21 @@ class Compressor(nn.Module):
         return self.vae.decode(mean + (0.5 * logvar).exp() * eps).sample, kl
 
 
+class TextReader(nn.Module):
+    """A text encoder that is to say what a prompt names: token ids (B, LENGTH) -> logits (B, outputs), from the first end mark.
+
+    What stands there is also CLIP's summary of a prompt (Radford et al. 2021, Sec. 2.4).
+    """
+
+    def __init__(self, text_encoder: CLIPTextModel, outputs: int):
+        super().__init__()
+        self.text_encoder, self.head = text_encoder, nn.Linear(WIDTH, outputs)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        end = (ids == self.text_encoder.config.eos_token_id).int().argmax(1)
+        return self.head(self.text_encoder(ids)[0][torch.arange(len(ids), device=ids.device), end])
+
+
 class TextToLatent(nn.Module):
     """U-Net and text encoder as one network: (c_in x (B, 4, 8, 8), t (B,), token ids (B, LENGTH)) -> prediction (B, 4, 8, 8)."""
 

@@ -23,16 +23,17 @@ MINUTES = 15.0
 def run(say: Callable[[str], None] = print, minutes: float = MINUTES) -> Path:
     """Train each of SIZES for so many minutes of processor time and score the validation prompts; stores what was found.
 
-    The VAE comes first, from the checkpoints of `course train mini-sd` where they are. The learning rate is that of the whole
-    run, so that the run of the chosen size may go on from its trial, runs/mini-sd.trial-CHANNELS.ckpt. Returns the path of
-    the file that keeps the scores.
+    VAE and text encoder come first, from the checkpoints of `course train mini-sd` where they are. The learning rate is that
+    of the whole run, so that the run of the chosen size may go on from its trial, runs/mini-sd.trial-CHANNELS.ckpt. Returns
+    the path of the file that keeps the scores.
     """
     base = recipe.network()
-    latents, _ = recipe.first_stage(base, lambda stage: RUNS / f"mini-sd.{stage}.ckpt")
+    latents, _ = recipe.first_stages(base, lambda stage: RUNS / f"mini-sd.{stage}.ckpt")
     reader, tried = zoo.load("scenes-reader"), []
     for channels in SIZES:
         steps = round(60 * minutes / _seconds_per_step(latents, channels))
         net, name = recipe.network(channels=channels), "-".join(map(str, channels))
+        net.generator.text_encoder.load_state_dict(base.generator.text_encoder.state_dict())
         net.vae, settings = base.vae, {key: recipe.UNET[key] for key in ("steps", "lr", "seed")}
         fit = recipe.train_unet(latents, net.generator, stop_at=steps, checkpoint=RUNS / f"mini-sd.trial-{name}.ckpt", **settings)
         net.generator = fit.net

@@ -14,9 +14,11 @@ from torch.testing import assert_close
 
 from course_lib import zoo
 from course_lib.nets import mini_sd as nets
-from course_lib.worlds.scenes import camera, captions, draw, render, vocabulary
+from course_lib.worlds.scenes import camera, captions, draw, parse, render, vocabulary
+from course_lib.worlds.scenes.attributes import VIEWS
 from course_lib.worlds.scenes.captions import MAX_WORDS, OBJECTS, WORDING, count, words
 from course_lib.worlds.scenes.dataset import SceneDataset
+from course_lib.worlds.scenes.labels import OF_OBJECT, OF_SCENE
 from course_lib.worlds.scenes.sampling import middles
 from course_lib.zoo.recipes import mini_sd as recipe
 
@@ -84,6 +86,46 @@ def test_a_prompt_that_does_not_fit_is_refused(tokenizer) -> None:
     assert nets.token_ids(tokenizer, [fits, ""]).shape == (2, nets.LENGTH)
     with pytest.raises(ValueError, match=rf"prompt '.*' has {nets.LENGTH + 1} tokens .*; expected at most {nets.LENGTH}"):
         nets.token_ids(tokenizer, ["a cube", fits + " cube"])
+
+
+def test_what_is_named_is_what_a_caption_says() -> None:
+    """Every caption's reading is found in the classes; the first of two objects is the one on the left, in front or on top."""
+    of = SceneDataset(400, 12, objects=(1, 2))
+    target, sizes = recipe.named(of.scenes)
+    columns = [*OF_SCENE, *(f"{name} {k}" for name in (*OF_OBJECT, "side") for k in range(2))]
+    assert target.shape == (400, len(columns)) and sizes == [2, 3, 6, 3, 8, 8, 8, 8, 2, 2, 4, 4]
+    assert bool(((target >= -1) & (target < torch.tensor(sizes))).all())
+    seen = set()
+    for row, caption in zip(target.tolist(), of.captions(3), strict=True):
+        found, said = dict(zip(columns, row, strict=True)), parse(caption)
+        objects = list(said.objects)
+        assert found["count"] == len(objects) - 1
+        if said.relation in ("right of", "behind"):
+            objects.reverse()
+        if said.relation is not None:
+            relation = {"right of": "left of", "behind": "in front of"}.get(said.relation, said.relation)
+            assert OF_SCENE["relation"][found["relation"]] == relation
+        for name, value in (("ground", said.ground), ("light", said.light)):
+            assert value is None or OF_SCENE[name][found[name]] == value
+        for k, thing in enumerate(objects):
+            for name in OF_OBJECT:
+                assert OF_OBJECT[name][found[f"{name} {k}"]] == thing[name]
+            if "view" in thing:
+                assert VIEWS[found[f"side {k}"]] == thing["view"]
+                seen.add(thing["view"])
+        if len(objects) == 1:
+            assert all(found[f"{name} 1"] == -1 for name in (*OF_OBJECT, "side"))
+    assert seen == set(VIEWS)
+
+
+def test_the_text_encoder_is_read_at_the_first_end_mark(tokenizer) -> None:
+    net = nets.TextReader(nets.text_encoder(len(tokenizer)), 5)
+    ids = nets.token_ids(tokenizer, ["a small red cube", "a large house on grass, seen from the left"])
+    with torch.no_grad():
+        states = net.text_encoder(ids)[0]
+        expected = net.head(torch.stack([states[0, 5], states[1, 11]]))
+    assert ids[0, 5] == ids[1, 11] == 1 != ids[1, 10]
+    assert_close(net(ids), expected)
 
 
 # --- networks ----------------------------------------------------------------------------------------------------------------

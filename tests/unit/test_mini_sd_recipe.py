@@ -42,8 +42,9 @@ def small(tmp_path_factory: pytest.TempPathFactory):
         patch.setattr(recipe, "SCENES", 64)
         patch.setattr(recipe, "WORDINGS", 1)
         patch.setattr(recipe, "VAE_STAGES", {stage: {**rest, "steps": 2} for stage, rest in recipe.VAE_STAGES.items()})
-        for key, value in {"steps": 2, "batch": 16}.items():
-            patch.setitem(recipe.UNET, key, value)
+        for settings in (recipe.TEXT, recipe.UNET):
+            for key, value in {"steps": 2, "batch": 16}.items():
+                patch.setitem(settings, key, value)
 
         def train(**options: object):
             return recipe.train(NAME, device="cpu", progress=False, **options)
@@ -63,7 +64,7 @@ def same_weights(a: nn.Module, b: nn.Module) -> bool:
 
 def test_a_run_trains_everything(done) -> None:
     before = recipe.network(NAME)
-    assert len(done.losses) == 8 and done.seconds > 0
+    assert len(done.losses) == 10 and done.seconds > 0
     assert isinstance(done.net, nets.MiniSD) and not any(module.training for module in done.net.modules())
     assert not any(p.requires_grad for p in done.net.parameters())
     old, new = before.state_dict(), done.net.state_dict()
@@ -75,7 +76,7 @@ def test_a_run_trains_everything(done) -> None:
 
 def test_an_interrupted_run_goes_on_to_the_same_weights(small, done, tmp_path: Path) -> None:
     """Interrupted in every stage, after a step that is and is not the stage's last; latents are not found twice."""
-    checkpoint, calls, stops = tmp_path / f"{NAME}.ckpt", [], [1, 2, 3, 5, 7]
+    checkpoint, calls, stops = tmp_path / f"{NAME}.ckpt", [], [1, 2, 3, 5, 7, 9]
 
     def on_step(step: int, ema: nn.Module) -> None:
         calls.append(step)
@@ -87,10 +88,10 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(small, done, tmp_path: P
         with pytest.raises(KeyboardInterrupt):
             small(checkpoint=checkpoint, save_every=1, on_step=on_step)
     kept = sorted(path.name for path in tmp_path.iterdir())
-    assert kept == [f"{NAME}.{stage}.ckpt" for stage in ("latents", "unet", "vae.crops", "vae.fine", "vae.whole")]
+    assert kept == [f"{NAME}.{stage}.ckpt" for stage in ("latents", "text", "unet", "vae.crops", "vae.fine", "vae.whole")]
     written = (tmp_path / f"{NAME}.latents.ckpt").stat().st_mtime_ns
     resumed = small(checkpoint=checkpoint, save_every=1, on_step=on_step)
-    assert calls == [1, 2] * 4
+    assert calls == [1, 2] * 5
     assert (tmp_path / f"{NAME}.latents.ckpt").stat().st_mtime_ns == written
     assert resumed.losses == done.losses and same_weights(resumed.net, done.net)
 
