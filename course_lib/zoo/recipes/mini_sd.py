@@ -1,10 +1,9 @@
 """`mini-sd`: text to 64 x 64 pictures of the scene world, a `StableDiffusionPipeline` of four million weights.
 
-First the VAE; then the text encoder alone, which learns to say what a caption names; then, on the VAE's latents, the U-Net
-and the text encoder together (Rombach et al. 2022, Sec. 3). Only the "train" split is seen: sixteen combinations of shape and
-colour are never shown. Without the second stage "seen from the left" and "seen from the right" stay one to the model for
-thousands of steps: as long as their embeddings agree the U-Net learns nothing from them, and as long as it does not use them
-neither do they.
+First the VAE; then the text encoder alone, which learns to say what a caption names; then the U-Net on the VAE's latents, with
+the text encoder as it is (Rombach et al. 2022, Sec. 3). Only the "train" split is seen: sixteen combinations of shape and
+colour are never shown. A text encoder that is trained together with the U-Net makes one of "seen from the left" and "seen from
+the right" for thousands of steps: what the U-Net does not use yet is noise to it, and the encoder learns to leave it out.
 """
 
 from __future__ import annotations
@@ -229,6 +228,7 @@ def train_unet(latents: Latents, net: nets.TextToLatent, **options: Any) -> Fit:
         with sdpa_kernel(SDPBackend.MATH) if x0.device.type == "cpu" else nullcontext():
             return denoising_loss(from_v(net, schedule.t_of_sigma, ids=ids), x0, sigma, eps, weight="v")
 
+    net.requires_grad_(True).text_encoder.requires_grad_(False)
     return fit(net, draw, loss, ema_decay=0.9995, **options)
 
 
@@ -284,7 +284,7 @@ def train(
     else:
         latents = compress(scenes(), net.vae, device, kept("latents.zoo"))
     chosen = settings(UNET, steps=steps, lr=lr, seed=seed)
-    last = train_unet(latents, net.generator.requires_grad_(True), checkpoint=kept("unet"), **chosen, **options)
+    last = train_unet(latents, net.generator, checkpoint=kept("unet"), **chosen, **options)
     net.generator = last.net
     return Fit(net.eval().requires_grad_(False), losses + last.losses, seconds + last.seconds)
 
