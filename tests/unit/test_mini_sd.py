@@ -323,11 +323,11 @@ def test_crops_depend_on_their_generator_alone() -> None:
 
 @pytest.fixture
 def drawer(monkeypatch: pytest.MonkeyPatch):
-    """What the second stage draws: `draw(generator)` for these latents."""
+    """What the last stage draws: `draw(generator)` for these latents."""
 
     def make(latents: recipe.Latents):
         monkeypatch.setattr(recipe, "fit", lambda net, draw, loss, **options: draw)
-        return recipe.train_unet(latents, None)
+        return recipe.train_unet(latents, nets.TextToLatent(nets.unet((8, 8)), nets.text_encoder(10, 1)))
 
     return make
 
@@ -339,7 +339,7 @@ def some_latents(n: int = 3) -> recipe.Latents:
     return recipe.Latents(mean, torch.full_like(mean, 0.5), ids, torch.zeros(1, nets.LENGTH).short())
 
 
-def test_the_second_stage_sees_posteriors_their_prompts_and_empty_ones(drawer) -> None:
+def test_the_last_stage_sees_posteriors_their_prompts_and_empty_ones(drawer) -> None:
     draw_batch, n = drawer(some_latents()), 40 * recipe.UNET["batch"]
     parts = [draw_batch(torch.Generator().manual_seed(seed)) for seed in range(40)]
     x0, sigma, eps, ids = (torch.cat(part) for part in zip(*parts, strict=True))
