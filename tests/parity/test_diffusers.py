@@ -22,7 +22,8 @@ from course_lib.guidance import cfg
 from course_lib.sample import sample
 from course_lib.schedules import Discrete
 from course_lib.steps import ddim, ddim_eta, ddpm
-from tests.parity.tools import net, normal, tiny_unet
+from tests.draws import normal
+from tests.parity.tools import net, tiny_unet
 
 F64 = torch.float64
 MAKE = {"epsilon": from_eps, "sample": from_x0, "v_prediction": from_v}

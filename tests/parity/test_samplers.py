@@ -30,7 +30,8 @@ from course_lib.sample import sample
 from course_lib.singlestep import dpm_solver_2, dpm_solver_pp_2s, heun
 from course_lib.steps import ddim
 from course_lib.types import Step
-from tests.parity.tools import Network, Run, gap, in_turn, levels_of, net, normal, ours, ready, theirs, tiny_unet
+from tests.draws import normal
+from tests.parity.tools import Network, Run, gap, in_turn, levels_of, net, ours, ready, theirs, tiny_unet
 from tests.published import composed_third_order, halved_3m
 
 F64 = torch.float64

@@ -25,6 +25,7 @@ from course_lib.sample import sample
 from course_lib.schedules import Discrete
 from course_lib.steps import ddim_eta
 from course_lib.stochastic import dpm_solver_pp_sde_2m, dpm_solver_sde, edm_stochastic, reverse_diffusion
+from tests.draws import normal
 
 F64 = torch.float64
 MAKE = {"epsilon": from_eps, "v_prediction": from_v}
@@ -41,10 +42,6 @@ class Net:
     def __call__(self, x: torch.Tensor, t: torch.Tensor | float) -> torch.Tensor:
         self.times.append(float(t))
         return torch.sin(1.7 * x + 0.002 * float(t)) + 0.2 * torch.cos(x.flip(-1))
-
-
-def normal(*shape, seed=0, dtype=F64):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 class Recorded:

@@ -20,10 +20,6 @@ def net(x_t: Tensor, t: Tensor) -> Tensor:
     return torch.sin(1.7 * x_t + 0.002 * t.to(x_t)) + 0.2 * torch.cos(x_t.flip(-1))
 
 
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
-
-
 def tiny_unet(**options: Any) -> UNet2DModel:
     torch.manual_seed(0)
     sizes = {"sample_size": 8, "in_channels": 2, "out_channels": 2, "block_out_channels": (8, 16), "norm_num_groups": 4}

@@ -10,15 +10,11 @@ from torch.testing import assert_close
 from course_lib.adaptive import sample_adaptive
 from course_lib.devices import SampleNoise
 from course_lib.worlds.toys import three_blobs, two_peaks
+from tests.draws import noise_of
 
 F64 = torch.float64
 SE = 4.5  # standard errors
 LOW, HIGH = 0.02, 20.0
-
-
-def noise_of(seed: int):
-    generator = torch.Generator().manual_seed(seed)
-    return lambda x: torch.randn(x.shape, generator=generator, dtype=x.dtype)
 
 
 def counted(D):

@@ -13,15 +13,11 @@ from course_lib.schedules import EDM
 from course_lib.steps import ddim
 from course_lib.stochastic import edm_stochastic
 from course_lib.worlds.toys import three_blobs
+from tests.draws import noise_of
 
 F64 = torch.float64
 SE = 4.5  # standard errors
 LN2 = math.log(2)
-
-
-def noise_of(seed: int):
-    generator = torch.Generator().manual_seed(seed)
-    return lambda x: torch.randn(x.shape, generator=generator, dtype=x.dtype)
 
 
 def points(mixture: Mixture, n: int, sigma: float = 0.002) -> torch.Tensor:

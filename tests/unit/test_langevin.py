@@ -14,22 +14,10 @@ from course_lib.schedules import EDM
 from course_lib.steps import ddim, ddpm
 from course_lib.stochastic import dpm_solver_pp_sde_2m, reverse_diffusion
 from course_lib.worlds.toys import three_blobs
+from tests.draws import level, noise_of, normal
 
 F64 = torch.float64
 SE = 4.5  # standard errors
-
-
-def normal(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
-
-
-def level(value: float) -> torch.Tensor:
-    return torch.tensor(value, dtype=F64)
-
-
-def noise_of(seed: int):
-    generator = torch.Generator().manual_seed(seed)
-    return lambda x: torch.randn(x.shape, generator=generator, dtype=x.dtype)
 
 
 def fixed(z):

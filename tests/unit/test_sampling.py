@@ -15,14 +15,10 @@ from course_lib.sample import Trajectory, sample
 from course_lib.schedules import EDM, Discrete, karras, linear_betas, uniform
 from course_lib.steps import ddim, ddim_eta, ddpm
 from course_lib.worlds.toys import three_blobs, two_peaks
+from tests.draws import noise_of
 
 SE = 4.5  # standard errors
 F64 = torch.float64
-
-
-def noise_of(seed: int):
-    generator = torch.Generator().manual_seed(seed)
-    return lambda x: torch.randn(x.shape, generator=generator, dtype=x.dtype)
 
 
 # --- the loop ---------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from course_lib.schedules import EDM, karras
 from course_lib.singlestep import dpm_solver_2, dpm_solver_3, dpm_solver_pp_2s, heun
 from course_lib.steps import ddim
 from course_lib.types import Step, right
+from tests.draws import normal
 
 F64 = torch.float64
 
@@ -45,10 +46,6 @@ RULES = {
     "unipc(3) of eps": Rule(lambda: unipc(3, predict="eps"), (1, 1), 3),
 }
 CASES = pytest.mark.parametrize("name", RULES)
-
-
-def normal(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
 
 
 def bend(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:

@@ -15,17 +15,10 @@ from course_lib.steps import ddpm
 from course_lib.stochastic import dpm_solver_pp_sde_2m, dpm_solver_sde, edm_stochastic, reverse_diffusion
 from course_lib.types import right
 from course_lib.worlds.toys import three_blobs
+from tests.draws import level, normal
 
 F64 = torch.float64
 SE = 4.5  # standard errors
-
-
-def normal(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
-
-
-def level(value: float) -> torch.Tensor:
-    return torch.tensor(value, dtype=F64)
 
 
 def given(*draws: torch.Tensor):
