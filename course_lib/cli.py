@@ -88,14 +88,14 @@ def build(
 
 @app.command()
 def readme() -> None:
-    """Write the README's picture and tables anew, from the model, the cards and the catalog.
+    """Write the README's pictures and tables anew, from the models, the cards and the catalog.
 
     Example: `course readme`
     """
     from course_lib import readme as writer
 
     writer.write()
-    console.print("written: README.md and its picture")
+    console.print("written: README.md and its pictures")
 
 
 @app.command()

@@ -10,7 +10,7 @@ from course_lib import catalog, zoo
 from course_lib.grading.items import items_of, set_names
 from course_lib.grading.paths import CourseError, root, sources
 
-PICTURE = "lectures/cover.png"
+PICTURE, GALLERY = "lectures/cover.png", "lectures/gallery.png"
 
 
 def lectures() -> str:
@@ -52,6 +52,12 @@ def _measured(metrics: dict[str, Any]) -> str:
     if "prompts" in metrics:
         right = ", ".join(f"{name} {row['obeyed']['all']:.1%}" for name, row in metrics["prompts"].items())
         return f"pictures that show all of their prompt: {right}; VAE {metrics['vae']['seen combinations']['psnr_db']:.1f} dB"
+    if "student" in metrics:
+        calls = ", ".join(f"{calls}: {row['frechet']:.4f}" for calls, row in sorted(metrics["student"].items(), reverse=True))
+        return f"Fréchet distance by network calls {calls}; real digits {metrics['frechet_floor']:.4f}"
+    if "exact" in metrics:
+        bend = [", ".join(f"{row[part]['straightness']:.4f}" for row in metrics["seeds"]) for part in ("first", "reflowed")]
+        return f"three seeds: straightness {bend[0]}; after reflow {bend[1]}"
     if "seeds" in metrics:
         three = [", ".join(f"{row[key]:.2f}" for row in metrics["seeds"]) for key in ("precision", "recall")]
         return f"three seeds: precision {three[0]}; recall {three[1]}"
@@ -82,11 +88,12 @@ def render(text: str) -> str:
 
 
 def write(base: Path | None = None) -> None:
-    """Write the README's tables and its picture."""
-    from course_lib.study.cover import draw
+    """Write the README's tables and its pictures."""
+    from course_lib.study.cover import draw, gallery
     from course_lib.training import write_atomically
 
     base = base or root()
     fresh = render((base / "README.md").read_text())
     write_atomically(base / "README.md", lambda path: path.write_text(fresh))
     draw(base / PICTURE)
+    gallery(base / GALLERY)

@@ -11,7 +11,7 @@ import math
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -63,21 +63,28 @@ def check_data(x0: Tensor, name: str = "x0") -> Tensor:
 
 
 def denoising_loss(
-    D: Denoiser, x0: Tensor, sigma: Tensor, eps: Tensor, weight: str | Callable[[Tensor], Tensor] = "eps"
+    D: Denoiser,
+    x0: Tensor,
+    sigma: Tensor,
+    eps: Tensor,
+    weight: str | Callable[[Tensor], Tensor] = "eps",
+    emphasis: Tensor | float = 1.0,
 ) -> Tensor:
-    """lambda(sigma) |D(x0 + sigma eps, sigma) - x0|^2 / d for each sample, (B,).
+    """lambda(sigma) mean(emphasis |D(x0 + sigma eps, sigma) - x0|^2) for each sample, (B,).
 
     x0 and eps (B, ...), sigma (B,) > 0. `weight` is 'x0', 'eps', 'v', 'flow' or a function of sigma;
-    'eps' gives DDPM's L_simple (Ho et al. 2020, Eq. 14). Raises ValueError for another name or sigma <= 0.
+    'eps' gives DDPM's L_simple (Ho et al. 2020, Eq. 14). `emphasis` weighs the elements, and broadcasts to x0; the minimum
+    stays E[x0 | x] where it is a function of x. Raises ValueError for another name or sigma <= 0.
     """
     if isinstance(weight, str):
         if weight not in WEIGHTS:
             raise ValueError(f"weight = {weight!r}; expected one of {', '.join(WEIGHTS)} or a function of sigma")
         weight = WEIGHTS[weight]
-    if not bool((sigma > 0).all()):
-        raise ValueError(f"sigma has the value {float(sigma.min()):.6g}; expected sigma > 0 in training")
+    if not bool(((sigma > 0) & sigma.isfinite()).all()):
+        wrong = sigma[~((sigma > 0) & sigma.isfinite())].flatten()[0]
+        raise ValueError(f"sigma has the value {float(wrong):.6g}; expected finite sigma > 0 in training")
     x = x0 + right(sigma, x0) * eps
-    error = (D(x, sigma) - x0).float().square().flatten(1).mean(1)
+    error = (emphasis * (D(x, sigma) - x0).float().square()).flatten(1).mean(1)
     return weight(sigma).to(error) * error
 
 
@@ -108,11 +115,15 @@ class EMA:
 
 @dataclass
 class Fit:
-    """What training returns: the averaged network, in evaluation mode, the loss of each step, and the time that they took."""
+    """What training returns: the averaged network, in evaluation mode, the loss of each step, and the time that they took.
+
+    `stages` says where that time went, by the name of the stage, in a run of several.
+    """
 
     net: nn.Module
     losses: list[float]
     seconds: float
+    stages: dict[str, float] = field(default_factory=dict)
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:

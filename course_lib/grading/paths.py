@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from pathlib import Path
 
 import course_lib
@@ -14,6 +15,7 @@ class CourseError(ValueError):
 
 
 ROOT = Path(course_lib.__file__).resolve().parents[1]
+_NUMBER = re.compile(r"(\d\d[a-z]?)_")
 KINDS = ("lectures", "solutions", "exercises")
 
 
@@ -25,17 +27,18 @@ def root() -> Path:
 
 
 def sources(kind: str, base: Path | None = None) -> dict[str, Path]:
-    """The sources of lectures or solution sets by number: {'01': .../01_forward_process.py}."""
+    """The sources of lectures or solution sets by number: {'01': .../01_forward_process.py}; a second part is '03b'."""
     folder = (base or root()) / kind
-    return {path.stem[:2]: path for path in sorted(folder.glob("[0-9][0-9]_*.py"))}
+    return {found[1]: path for path in sorted(folder.glob("*.py")) if (found := _NUMBER.match(path.name))}
 
 
 def number_of(name: str) -> str:
-    """Turn '1', '01' or '01_forward_process' into '01'; CourseError, with the nearest name, where there is none."""
+    """Turn '1', '01' or '01_forward_process' into '01', and '3b' into '03b'; CourseError where there is none."""
     known = sources("lectures") | sources("solutions")
-    number = name[:2] if name[:2] in known else name.zfill(2)
+    number, underscore, _ = name.partition("_")
+    number = f"0{number}" if number[:1].isdigit() and not number[1:2].isdigit() else number
     stems = [path.stem for path in known.values()]
-    if number not in known or (len(name) > 2 and name not in stems):
+    if number not in known or (underscore and name not in stems):
         near = difflib.get_close_matches(name, [*known, *stems], n=1, cutoff=0.4)
         raise CourseError(
             f"lecture = {name!r}; expected one of {', '.join(stems)}" + (f" (did you mean {near[0]!r}?)" if near else "")

@@ -27,7 +27,7 @@ KERNEL = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": 
 def read(path: Path) -> NotebookNode:
     """Read a source as a notebook without outputs: stable cell ids, item headers filled in, nothing of jupytext left."""
     raw = jupytext.read(path, fmt="py:percent")
-    number = path.stem[:2]
+    number = path.stem.partition("_")[0]
     items = items_of(number) if path.parent.name == "solutions" else {}
     cells, seen = [], {}
     for position, cell in enumerate(raw.cells):

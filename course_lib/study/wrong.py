@@ -24,7 +24,7 @@ from course_lib.zoo.readers import SceneReader
 SEED = 9_106
 """Of the scenes whose captions are the prompts; neither training nor a score of the card has seen it."""
 PAGE = (5, 10)
-WIDTH = 26
+WIDTH = 32
 
 
 def find(model: Pretrained, reader: SceneReader, w: float, n: int) -> tuple[Tensor, list[dict[str, str]], int]:
@@ -76,11 +76,11 @@ def write(name: str, folder: Path, n: int = 200) -> list[Path]:
 
 
 def _page(pictures: Tensor, rows: list[dict[str, str]]) -> plt.Figure:
-    figure, axes = plt.subplots(*PAGE, figsize=(15, 13), layout="constrained")
+    figure, axes = plt.subplots(*PAGE, figsize=(15, 14), layout="constrained")
     for axis in axes.flat:
         axis.axis("off")
     for axis, picture, row in zip(axes.flat, pictures, rows, strict=False):
         axis.imshow((picture.permute(1, 2, 0).clamp(-1, 1) + 1) / 2, interpolation="nearest")
-        asked, read = (textwrap.fill(row[key], WIDTH) for key in ("prompt", "read"))
-        axis.set_title(f"{row['number']}. {asked}\nWRONG: {row['wrong']}\n{read}", fontsize=6, loc="left")
+        lines = (f"{row['number']}. {row['prompt']}", f"WRONG: {row['wrong']}", row["read"])
+        axis.set_title("\n".join(textwrap.fill(line, WIDTH) for line in lines), fontsize=6, loc="left")
     return figure

@@ -23,8 +23,8 @@ def train(
     """Train the model of this name; returns the path of its weights.
 
     A run that was interrupted goes on from its checkpoint in runs/ (`fresh` starts anew). `start='zoo'` continues
-    with the embedded weights, on other batches, at the learning rate CONTINUED; the card then names both commands.
-    A new run of other than the recipe's own length goes to runs/ and leaves the embedded model as it is; `out` is
+    with the embedded weights, on other batches, at the learning rate CONTINUED, the recipe's or ours; the card then names
+    both commands. A new run of other than the recipe's own length goes to runs/ and leaves the embedded model as it is; `out` is
     another folder for weights and card. Raises ZooError for an unknown name.
     """
     recipe = zoo.recipe(name)
@@ -36,10 +36,15 @@ def train(
     before = {"command": "", "steps": 0, "seconds": 0}
     if start == "zoo":
         before = zoo.card(name)
-        options |= {"net": zoo.read(name).requires_grad_(True), "lr": CONTINUED, "seed": before["steps"]}
+        options |= {
+            "net": zoo.read(name).requires_grad_(True),
+            "lr": getattr(recipe, "CONTINUED", CONTINUED),
+            "seed": before["steps"],
+        }
     checkpoint = RUNS / f"{name}.ckpt"
     if fresh:
         _forget(name)
+    taken = before.get("seconds_of_stages", {})
     fit = recipe.train(name, device=device, checkpoint=checkpoint, **options)
     trained = zoo.in_half(fit.net.cpu())
     asked = "".join(f" --{key} {value}" for key, value in (("from", start), ("steps", steps)) if value is not None)
@@ -53,6 +58,8 @@ def train(
         "date": datetime.date.today().isoformat(),
         "metrics": recipe.judge(name, trained),
     }
+    if stages := taken | {stage: taken.get(stage, 0) + round(seconds) for stage, seconds in fit.stages.items()}:
+        facts["seconds_of_stages"] = stages
     folder = out or (RUNS / name if steps is not None and start is None else None)
     target = zoo.save(name, trained, facts) if folder is None else zoo.save(name, trained, facts, folder, folder)
     _forget(name)

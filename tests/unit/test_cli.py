@@ -53,8 +53,18 @@ def test_grade_command_writes_sheets(tmp_path):
 
 def test_numbers_and_names_of_lectures():
     assert paths.number_of("1") == paths.number_of("01") == paths.number_of("01_forward_process") == "01"
-    with pytest.raises(paths.CourseError, match="lecture = '99'; expected one of"):
-        paths.number_of("99")
+    for name in ("99", "02_reverse", "1c", "1_"):
+        with pytest.raises(paths.CourseError, match=f"lecture = '{name}'; expected one of"):
+            paths.number_of(name)
+
+
+def test_a_lecture_may_have_a_second_part(tmp_path, monkeypatch):
+    (tmp_path / "lectures").mkdir()
+    for name in ("01_one.py", "01b_more.py", "notes.py"):
+        (tmp_path / "lectures" / name).touch()
+    assert list(paths.sources("lectures", tmp_path)) == ["01", "01b"]
+    monkeypatch.setattr(paths, "ROOT", tmp_path)
+    assert paths.number_of("1b") == paths.number_of("01b") == paths.number_of("01b_more") == "01b"
 
 
 # --- my_course/ ---------------------------------------------------------------------------------------
@@ -149,7 +159,8 @@ def test_catalog_as_json():
 def test_readme_is_what_the_code_writes():
     text = (paths.root() / "README.md").read_text()
     assert readme.render(text) == text, "run `course readme`"
-    assert (paths.root() / readme.PICTURE).exists()
+    for picture in (readme.PICTURE, readme.GALLERY):
+        assert (paths.root() / picture).exists() and f"]({picture})" in text
     with pytest.raises(paths.CourseError, match="begin lectures"):
         readme.render("nothing")
 

@@ -73,8 +73,18 @@ def test_errors_of_the_loss():
     D, x = (lambda x, s: x), torch.zeros(2, 3)
     with pytest.raises(ValueError, match="weight = 'epsilon'; expected one of x0, eps, v, flow or a function"):
         denoising_loss(D, x, torch.ones(2), x, "epsilon")
-    with pytest.raises(ValueError, match="sigma.* 0; expected sigma > 0"):
-        denoising_loss(D, x, torch.tensor([1.0, 0.0]), x)
+    for bad in (0.0, -1.0, math.inf, math.nan):
+        with pytest.raises(ValueError, match=f"sigma has the value {bad:.6g}; expected finite sigma > 0"):
+            denoising_loss(D, x, torch.tensor([1.0, bad]), x)
+
+
+def test_emphasis_weighs_the_elements():
+    """Ones change nothing, zeros leave an element out, and the weights are those of the mean."""
+    x0, sigma = torch.randn(2, 3, generator=generator(1)), torch.ones(2)
+    eps, D = torch.ones(2, 3), lambda x, s: torch.zeros_like(x)
+    assert torch.equal(denoising_loss(D, x0, sigma, eps, "x0", torch.ones(2, 1)), denoising_loss(D, x0, sigma, eps, "x0"))
+    found = denoising_loss(D, x0, sigma, eps, "x0", torch.tensor([[3.0, 0.0, 1.0]]))
+    assert_close(found, (3 * x0[:, 0] ** 2 + x0[:, 2] ** 2) / 3)
 
 
 def test_lognormal_levels():

@@ -50,6 +50,10 @@ VAE_STAGES: dict[str, dict[str, Any]] = {
 """Each starts from the weights of the one before: squares cut from the pictures, whole pictures, the same at a lower rate."""
 TEXT: dict[str, Any] = {"steps": 2_500, "batch": 128, "lr": 1e-3, "seed": 4}
 UNET: dict[str, Any] = {"steps": 10_000, "batch": 64, "lr": 1.5e-3, "seed": 2, "channels": (64, 96)}
+CONTINUED = 8e-4
+"""Learning rate of a run that goes on from the embedded weights."""
+DETAILS: dict[str, float] = {"boost": 2.0, "below": 1.0}
+"""Such a run weighs the cells of a latent on the objects more (`emphasis`), at noise levels below this, where they are seen."""
 
 
 Kept = Callable[[str], Path | None]
@@ -121,12 +125,12 @@ def train_vae(of: SceneDataset, net: nets.Compressor, kept: Kept, **options: Any
         y, kl = net(x, eps)
         return reconstruction_loss(y, x, weight) + VAE["kl"] * kl
 
-    losses, seconds = [], 0.0
+    losses, stages = [], {}
     for stage, chosen in VAE_STAGES.items():
         source, file = (draw_crops if stage == "crops" else draw), kept(f"vae.{stage}")
         done = fit(net.requires_grad_(True), source, loss, checkpoint=file, nhwc=False, **chosen, **options)
-        net, losses, seconds = done.net, losses + done.losses, seconds + done.seconds
-    return Fit(net, losses, seconds)
+        net, losses, stages[f"vae, {stage}"] = done.net, losses + done.losses, done.seconds
+    return Fit(net, losses, sum(stages.values()), stages)
 
 
 @dataclass
@@ -205,8 +209,12 @@ def train_text(latents: Latents, of: SceneDataset, text_encoder: CLIPTextModel, 
     return fit(net, draw, loss, **{key: TEXT[key] for key in ("steps", "lr", "seed")}, **options)
 
 
-def train_unet(latents: Latents, net: nets.TextToLatent, **options: Any) -> Fit:
-    """The third stage: the denoising loss of v on latents, prompts among WORDINGS, noise levels even in t."""
+def train_unet(latents: Latents, net: nets.TextToLatent, details: Tensor | None = None, **options: Any) -> Fit:
+    """The third stage: the denoising loss of v on latents, prompts among WORDINGS, noise levels even in t.
+
+    details (N, 1, 8, 8) weighs the cells of each latent where the noise is below DETAILS['below']. Where the objects are is
+    then plain from the noisy latent, so that the weights do not move the minimum; at more noise they would.
+    """
     schedule = discrete_of(nets.scheduler())
     sigmas = schedule.sigma(torch.arange(1000))
     batch = UNET["batch"]
@@ -221,12 +229,15 @@ def train_unet(latents: Latents, net: nets.TextToLatent, **options: Any) -> Fit:
         # One level in each of `batch` strata: the same distribution, a loss that varies less (Kingma et al. 2021, App. I.1).
         t = (torch.arange(batch) + torch.rand(batch, generator=generator)) / batch * len(sigmas)
         level = t.long().clamp(max=len(sigmas) - 1)  # fp32 may round the last stratum up to its end
-        return x0, sigmas[level], eps, torch.where(dropped, latents.empty, ids).long()
+        weight = torch.ones_like(x0[:, :1])
+        if details is not None:
+            weight = torch.where(sigmas[level].view(-1, 1, 1, 1) < DETAILS["below"], details[rows], weight)
+        return x0, sigmas[level], eps, torch.where(dropped, latents.empty, ids).long(), weight
 
-    def loss(net: torch.nn.Module, x0: Tensor, sigma: Tensor, eps: Tensor, ids: Tensor) -> Tensor:
+    def loss(net: torch.nn.Module, x0: Tensor, sigma: Tensor, eps: Tensor, ids: Tensor, weight: Tensor) -> Tensor:
         # On a CPU the fused attention's backward pass takes a third of a step of sequences as short as these.
         with sdpa_kernel(SDPBackend.MATH) if x0.device.type == "cpu" else nullcontext():
-            return denoising_loss(from_v(net, schedule.t_of_sigma, ids=ids), x0, sigma, eps, weight="v")
+            return denoising_loss(from_v(net, schedule.t_of_sigma, ids=ids), x0, sigma, eps, "v", weight)
 
     net.requires_grad_(True).text_encoder.requires_grad_(False)
     return fit(net, draw, loss, ema_decay=0.9995, **options)
@@ -251,7 +262,8 @@ def first_stages(net: nets.MiniSD, kept: Kept, device: str | None = None, **opti
     latents = standardise(compress(of, net.vae, device, kept("latents")), net.vae)
     text = train_text(latents, of, net.generator.text_encoder, checkpoint=kept("text"), device=device, **options)
     net.generator.text_encoder = text.net.text_encoder
-    return latents, Fit(net, vae.losses + text.losses, vae.seconds + text.seconds)
+    stages = vae.stages | {"text": text.seconds}
+    return latents, Fit(net, vae.losses + text.losses, sum(stages.values()), stages)
 
 
 def read(model: Pretrained) -> nets.MiniSD:
@@ -270,23 +282,25 @@ def train(
     checkpoint: Path | None = None,
     **options: Any,
 ) -> Fit:
-    """All stages, the third for `steps`; with `net` given, its VAE is kept and the third stage goes on from its weights."""
+    """All stages, the third for `steps`; with `net` given the third alone goes on from its weights, with weight on DETAILS."""
     options["device"] = device
 
     def kept(stage: str) -> Path | None:
         return checkpoint and checkpoint.with_name(f"{name}.{stage}.ckpt")
 
-    losses, seconds = [], 0.0
+    losses, stages, details = [], {}, None
     if net is None:
         net = network(name)
         latents, first = first_stages(net, kept, **options)
-        losses, seconds = first.losses, first.seconds
+        losses, stages = first.losses, first.stages
     else:
-        latents = compress(scenes(), net.vae, device, kept("latents.zoo"))
+        of = scenes()
+        latents, details = compress(of, net.vae, device, kept("latents.zoo")), emphasis(of.scenes, 8, DETAILS["boost"])
     chosen = settings(UNET, steps=steps, lr=lr, seed=seed)
-    last = train_unet(latents, net.generator, checkpoint=kept("unet"), **chosen, **options)
+    last = train_unet(latents, net.generator, details, checkpoint=kept("unet"), **chosen, **options)
     net.generator = last.net
-    return Fit(net.eval().requires_grad_(False), losses + last.losses, seconds + last.seconds)
+    stages = stages | {"unet": last.seconds}
+    return Fit(net.eval().requires_grad_(False), losses + last.losses, sum(stages.values()), stages)
 
 
 def judge(name: str, net: nets.MiniSD) -> dict[str, Any]:
