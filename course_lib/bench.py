@@ -129,6 +129,40 @@ def bench_sampler() -> list[Row]:
     return rows
 
 
+def bench_rules(steps: int = 10, walks: int = 100, rounds: int = 5) -> list[Row]:
+    """What each rule costs: in `sample` on `digits` beside bare network calls, and alone beside diffusers' scheduler.step.
+
+    The first in `steps` steps of 32 digits. The second, per 1,000 network calls, in `walks` steps on a stored output of
+    16 x 3 x 32 x 32 numbers: x0 for both, where their scheduler can be told so, so that neither converts a prediction.
+    """
+    from course_lib import zoo
+    from course_lib.bench_rules import HIGH, PEERS, beside, in_samplers
+    from course_lib.devices import SampleNoise
+
+    device = devices.pick_device()
+    D = zoo.load("digits", device=str(device))
+    x = SampleNoise(0).start((32, 1, 16, 16), HIGH, device=device)
+    time_, label = torch.zeros((), device=device), torch.arange(32, device=device) % 10
+    rows = []
+    for name, run, calls in in_samplers(D.given(label=label), x, steps):
+
+        def bare(calls: int = calls) -> None:
+            with torch.no_grad():
+                for _ in range(calls):
+                    D.net(x, time_, label)
+
+        ours, other = _interleaved(run, bare, rounds=rounds)
+        rows.append(_row(f"sample(digits), {name}", ours, other, f"{calls} bare network calls", 1.05, noise=True))
+
+    x = SampleNoise(1).start((16, 3, 32, 32), HIGH, device=device)
+    for name, peer in PEERS.items():
+        ours, calls, theirs, their_calls = beside(peer, x, walks)
+        times, their_times = _interleaved(ours, theirs, rounds=3 * rounds)  # they are short
+        per_1000 = [1000 * t / calls for t in times], [1000 * t / their_calls for t in their_times]
+        rows.append(_row(f"rule alone: {name}, 1,000 calls", *per_1000, f"diffusers {peer.scheduler}", peer.limit, noise=True))
+    return rows
+
+
 class _Gated(nn.Module):
     """The classroom's network: hidden layers of one width, each multiplied by a function of the time, then ReLU."""
 
@@ -223,6 +257,7 @@ def bench_families(steps: int = 60) -> list[Row]:
 BENCHMARKS: dict[str, Callable[[], list[Row]]] = {
     "import": bench_import,
     "sampler": bench_sampler,
+    "rules": bench_rules,
     "swissroll": bench_swissroll,
     "families": bench_families,
 }

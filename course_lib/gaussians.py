@@ -153,8 +153,8 @@ class Mixture:
         from scipy.integrate import solve_ivp
 
         for name, value in (("sigma", sigma), ("sigma_next", sigma_next)):
-            if not value > 0:
-                raise ValueError(f"{name} = {value:g}; expected sigma > 0, since the flow is solved in log sigma")
+            if not 0 < value < math.inf:
+                raise ValueError(f"{name} = {value:g}; expected a finite sigma > 0, since the flow is solved in log sigma")
 
         def slope(log_sigma: float, flat):
             level = math.exp(log_sigma)

@@ -39,13 +39,13 @@ def log_step(sigma: Tensor, sigma_next: Tensor) -> Tensor:
 
 def noise_in(x: Tensor, x0: Tensor, sigma: Tensor) -> Tensor:
     """eps = (x - x0) / sigma, the slope dx/dsigma; 0 where sigma = 0. x, x0 (B, ...)."""
-    return right(over(torch.ones_like(sigma), sigma), x) * (x - x0)
+    return right(sigma.reciprocal().nan_to_num(0.0, 0.0, 0.0), x) * (x - x0)
 
 
 def add_corrections(x: Tensor, weights: Sequence[Tensor], f0: Tensor, others: Sequence[Tensor]) -> Tensor:
     """x + sum_k w_k (f_k - f_0)."""
     for w, f in zip(weights, others, strict=True):
-        x = x + right(w, x) * (f - f0)
+        x = torch.addcmul(x, right(w, x), f - f0)
     return x
 
 

@@ -147,8 +147,8 @@ def exact_log_likelihood(
     as log(1 / sigma_min) for each such entry, and at sigma = 0 there is no density. FloatingPointError where a value is not
     finite.
     """
-    if not 0 < sigma_min < sigma_max:
-        raise ValueError(f"sigma_min = {sigma_min}, sigma_max = {sigma_max}; expected 0 < sigma_min < sigma_max")
+    if not 0 < sigma_min < sigma_max < math.inf:
+        raise ValueError(f"sigma_min = {sigma_min}, sigma_max = {sigma_max}; expected 0 < sigma_min < sigma_max, both finite")
     if divergence not in ("exact", "hutchinson"):
         raise ValueError(f"divergence = {divergence!r}; expected 'exact' or 'hutchinson'")
     for name, value in (("steps", steps), ("probes", probes)):

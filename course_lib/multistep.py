@@ -81,7 +81,7 @@ def _noise_rule(order: int, weights: Callable[[Tensor, Tensor, Sequence[Tensor]]
 
 
 def deis(order: int = 3) -> Step:
-    """DEIS, log-rho tAB: eps a polynomial in log sigma, integrated in rho = sigma (Zhang and Chen 2023, Eq. 15).
+    """DEIS: eps a polynomial in log sigma, integrated in rho = sigma (Zhang and Chen 2023, tAB-DEIS, with log rho for its t).
 
     x' = x + sum_k (int_sigma^sigma' prod_{j != k} (log s - log s_j) / (log s_k - log s_j) ds) eps_k
     Order `order` from as many values, one evaluation a step; the paper counts from 0, tAB0 = DDIM, and ends above
@@ -101,7 +101,11 @@ def lms(order: int = 4) -> Step:
 
 def _mixed(values: list[Tensor]) -> Tensor:
     """The Adams-Bashforth mean of equally spaced values, newest first."""
-    return sum(b * f for b, f in zip(ADAMS_BASHFORTH[len(values) - 1], values, strict=True))
+    b, *others = ADAMS_BASHFORTH[len(values) - 1]
+    mean = b * values[0]
+    for b, f in zip(others, values[1:], strict=True):
+        mean = mean.add(f, alpha=b)
+    return mean
 
 
 def ipndm(order: int = 4) -> Step:
@@ -210,7 +214,7 @@ def unip(order: int = 2, variant: str = "bh2", predict: str = "x0") -> Step:
 def unipc(order: int = 2, variant: str = "bh2", predict: str = "x0") -> Step:
     """UniPC-p: the evaluation at the predicted point also corrects the step that led there (Zhao et al. 2023, Algorithm 1).
 
-    UniC: x^c = UniP's formula with the new D(x, sigma) among the D_k; then UniP from x^c to sigma', D not evaluated again.
+    UniC-p: x^c = UniP's formula with the new D(x, sigma) among the D_k; then UniP from x^c to sigma', D not evaluated again.
     Order `order` + 1 (Theorem 3.1), one evaluation; the last point is predicted, not corrected, and first order at sigma' = 0.
     Options and errors as in `unip`; B(h) still acts in the corrector of order 1, whose weight is 1/2.
     """

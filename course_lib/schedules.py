@@ -78,9 +78,8 @@ class Schedule:
     def velocity(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Time derivatives (d alpha / dt, d std / dt), by automatic differentiation."""
         t = float64(t)
-        d_alpha = torch.func.jvp(self.alpha, (t,), (torch.ones_like(t),))[1]
-        d_std = torch.func.jvp(self.std, (t,), (torch.ones_like(t),))[1]
-        return d_alpha, d_std
+        # both maps are elementwise, so that the gradient of the sum has each derivative; a jvp is three times slower
+        return torch.func.grad(lambda s: self.alpha(s).sum())(t), torch.func.grad(lambda s: self.std(s).sum())(t)
 
 
 class VariancePreserving(Schedule):
@@ -148,8 +147,7 @@ class EDM(Schedule):
     name = "edm"
 
     def __init__(self, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0):
-        if not 0 < sigma_min < sigma_max:
-            raise ValueError(f"sigma_min = {sigma_min}, sigma_max = {sigma_max}; expected 0 < sigma_min < sigma_max")
+        _check_levels(sigma_min, sigma_max)
         self.sigma_min, self.sigma_max, self.rho = sigma_min, sigma_max, rho
 
     def alpha(self, t: Tensor) -> Tensor:
@@ -180,6 +178,10 @@ class Flow(Schedule):
 
     def t_of_sigma(self, sigma: Tensor) -> Tensor:
         return 1 - 1 / (1 + float64(sigma))  # 1 at sigma = infinity
+
+    def velocity(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        one = torch.ones_like(float64(t))
+        return -one, one
 
 
 class Discrete(VariancePreserving):
@@ -237,30 +239,95 @@ def cosine_betas(T: int = 1000, s: float = 0.008, largest: float = 0.999) -> Ten
 
 
 # --- grids: the noise levels that a sampler visits ---------------------------------------------------
+# A grid of n steps is (n + 1,) float64 and falls; equal_information alone counts levels. `to_zero` takes sigma = 0 for the
+# last level. Without it the last step ends where the grid would have had its lowest level, in a table at its first entry.
 
 
-def karras(n: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> Tensor:
-    """EDM's n levels from sigma_max down to sigma_min, then 0: (n + 1,) float64 (Karras et al. 2022, Eq. 5)."""
-    return uniform(EDM(sigma_min, sigma_max, rho), n)
+def uniform(schedule: Schedule, n: int, t_min: float | None = None, t_max: float | None = None, to_zero: bool = True) -> Tensor:
+    """Levels at times spaced evenly from t_max down to t_min, then 0 (ScoreSDE, Song et al. 2021; DDPM's are `linspace`).
 
-
-def uniform(schedule: Schedule, n: int, t_min: float | None = None, t_max: float | None = None) -> Tensor:
-    """The levels of n times spaced evenly from t_max down to t_min, then 0: (n + 1,) float64."""
-    if n < 1:
-        raise ValueError(f"n = {n}; expected at least one step")
+    Where sigma(t_min) is 0 itself it is the last level. Raises ValueError where no signal is left at t_max.
+    """
+    _check_steps(n)
     t_min = schedule.t_min if t_min is None else t_min
     t_max = schedule.t_max if t_max is None else t_max
-    if n == 1:
-        t_min = t_max
-    times = torch.linspace(t_max, t_min, n, dtype=F64)
-    if bool(schedule.alpha(times[0]) < NO_SIGNAL):
+    _check_signal(schedule, t_max)
+    to_zero = to_zero and float(schedule.sigma(float64(t_min))) > 0
+    levels = schedule.sigma(torch.linspace(t_max, t_min, n if to_zero else n + 1, dtype=F64))
+    return _ended(levels) if to_zero else levels
+
+
+def karras(n: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0, to_zero: bool = True) -> Tensor:
+    """EDM's levels, sigma^(1/rho) even from sigma_max down to sigma_min, then 0 (Karras et al. 2022, Eq. 5).
+
+    In use for Stable Diffusion too, between the first and the last level of its table (k-diffusion, Crowson 2022).
+    """
+    return uniform(EDM(sigma_min, sigma_max, rho), n, to_zero=to_zero)
+
+
+def exponential(n: int, sigma_min: float = 0.002, sigma_max: float = 80.0, to_zero: bool = True) -> Tensor:
+    """Levels with log sigma even from sigma_max down to sigma_min, then 0.
+
+    The geometric levels of NCSN and of the VE SDE (Song and Ermon 2019, Sec. 4.1; Song et al. 2021, App. C), by
+    k-diffusion's name. It is `karras` for rho -> infinity, and `log_snr` with its ends given in sigma.
+    """
+    _check_steps(n)
+    _check_levels(sigma_min, sigma_max)
+    ends = math.log(sigma_max), math.log(sigma_min)
+    levels = torch.linspace(*ends, n if to_zero else n + 1, dtype=F64).exp()
+    return _ended(levels) if to_zero else levels
+
+
+def log_snr(schedule: Schedule, n: int, t_min: float | None = None, t_max: float | None = None, to_zero: bool = True) -> Tensor:
+    """Levels with log SNR = -2 log sigma even from t_max down to t_min, then 0.
+
+    DPM-Solver's grid for small pictures (Lu et al. 2022, Sec. 3.3), to t_min = 1e-3 or 1e-4 and not to 0; its code advises
+    `uniform` for large ones. Raises ValueError where sigma is 0 at t_min or infinite at t_max.
+    """
+    t_min = schedule.t_min if t_min is None else t_min
+    t_max = schedule.t_max if t_max is None else t_max
+    _check_signal(schedule, t_max)
+    low, high = schedule.sigma(torch.tensor([t_min, t_max], dtype=F64)).tolist()
+    if low == 0:
         raise ValueError(
-            f"t_max = {t_max} of the {schedule.name} schedule leaves no signal (sigma is infinite); expected t_max < {t_max}"
+            f"t_min = {t_min} of the {schedule.name} schedule has no noise (log SNR is infinite); expected t_min > 0"
         )
-    levels = schedule.sigma(times)
-    if levels[-1] == 0:  # the schedule itself ends at 0: spread n + 1 times instead
-        return schedule.sigma(torch.linspace(t_max, t_min, n + 1, dtype=F64))
-    return torch.cat([levels, torch.zeros(1, dtype=F64)])
+    return exponential(n, low, high, to_zero)
+
+
+def leading(table: Discrete, n: int, offset: int = 0, to_zero: bool = True, drop_lowest: bool = False) -> Tensor:
+    """Levels of a table at t = offset + k floor(T / n), k = n - 1 ... 0, then 0 (Lin et al. 2024, Tab. 2).
+
+    DDPM for n = T (Ho et al. 2020), and DDIM (Song et al. 2021); with offset 1 Stable Diffusion, versions 1 and 2 with
+    to_zero=False, XL with 0. It starts below the last level of the table, although sampling starts from noise alone.
+    drop_lowest: the upper n of n + 1 such times, as diffusers' DPM-Solver, DEIS and UniPC have them.
+    """
+    T, parts = _length(table, n, drop_lowest), n + drop_lowest
+    times = offset + T // parts * torch.arange(parts - 1, parts - 1 - n, -1)
+    if offset < 0 or times[0] >= T:
+        raise ValueError(f"offset = {offset} leads to time {int(times[0])}; expected times from 0 to {T - 1}")
+    return _at(table, times, to_zero)
+
+
+def linspace(table: Discrete, n: int, to_zero: bool = True, drop_lowest: bool = False) -> Tensor:
+    """Levels of a table at n times even from T - 1 down to 0, rounded, then 0 (Lin et al. 2024, Tab. 2).
+
+    Improved DDPM (Nichol and Dhariwal 2021, Sec. 4). With drop_lowest, the upper n of n + 1 such times, DPM-Solver++ and
+    UniPC on large pictures. diffusers' Euler, Heun and LMS do not round, and read sigma between the entries.
+    """
+    T, parts = _length(table, n, drop_lowest), n + drop_lowest
+    # k (T - 1) is whole, so that a half is met exactly; steps of a rounded length lead to either side of it
+    times = T - 1 - torch.arange(n, dtype=F64) * (T - 1) / max(parts - 1, 1)
+    return _at(table, times.round(), to_zero)
+
+
+def trailing(table: Discrete, n: int, to_zero: bool = True) -> Tensor:
+    """Levels of a table at t = T - k T / n - 1, k = 0 ... n - 1, rounded, then 0 (Lin et al. 2024, Tab. 2).
+
+    It starts at the last level for any n: their mend for `leading`, and the grid of few-step students such as SDXL-Turbo.
+    """
+    T = _length(table, n)
+    return _at(table, (T - torch.arange(n, dtype=F64) * T / n).round() - 1, to_zero)
 
 
 def equal_information(n: int, sigma_min: float, sigma_max: float = 80.0) -> Tensor:
@@ -273,6 +340,47 @@ def equal_information(n: int, sigma_min: float, sigma_max: float = 80.0) -> Tens
         raise ValueError(f"{got}; expected n >= 2 and 0 < sigma_min < sigma_max")
     ends = [math.log1p(sigma**-2) for sigma in (sigma_max, sigma_min)]
     return torch.expm1(torch.linspace(*ends, n, dtype=F64)).rsqrt()
+
+
+def _ended(levels: Tensor) -> Tensor:
+    return torch.cat([levels, levels.new_zeros(1)])
+
+
+def _at(table: Discrete, times: Tensor, to_zero: bool) -> Tensor:
+    """The table's levels at falling times, then 0 or the level at time 0."""
+    if to_zero:
+        return _ended(table.sigma(times))
+    if times[-1] == 0:
+        raise ValueError("to_zero = False, but the lowest time is 0 already; expected an offset, drop_lowest or fewer steps")
+    return table.sigma(torch.cat([times, times.new_zeros(1)]))
+
+
+def _length(table: Discrete, n: int, drop_lowest: bool = False) -> int:
+    """T, the number of entries; ValueError where a table has fewer than n or, without the lowest, n + 1."""
+    if not isinstance(table, Discrete):
+        raise ValueError(f"table is a {type(table).__name__} schedule; expected a Discrete one, with an alpha_bar for each time")
+    _check_steps(n)
+    T = len(table.table)
+    if n + drop_lowest > T:
+        raise ValueError(f"n = {n}; expected at most {T - drop_lowest} steps in a table of {T} times")
+    return T
+
+
+def _check_steps(n: int) -> None:
+    if n < 1:
+        raise ValueError(f"n = {n}; expected at least one step")
+
+
+def _check_levels(sigma_min: float, sigma_max: float) -> None:
+    if not 0 < sigma_min < sigma_max:
+        raise ValueError(f"sigma_min = {sigma_min}, sigma_max = {sigma_max}; expected 0 < sigma_min < sigma_max")
+
+
+def _check_signal(schedule: Schedule, t_max: float) -> None:
+    if bool(schedule.alpha(float64(t_max)) < NO_SIGNAL):
+        raise ValueError(
+            f"t_max = {t_max} of the {schedule.name} schedule leaves no signal (sigma is infinite); expected t_max < {t_max}"
+        )
 
 
 CONTINUOUS = {schedule.name: schedule for schedule in (Linear, Cosine, EDM, Flow)}

@@ -46,7 +46,7 @@ def heun(D: Denoiser, x: Tensor, sigma: Tensor, sigma_next: Tensor, memory: Any 
 
 
 def dpm_solver_2(r1: float = 0.5) -> Step:
-    """DPM-Solver-2: the noise, taken at a level inside the step (Lu et al. 2022, DPM-Solver, Algorithm 4).
+    """DPM-Solver-2: the noise, taken at a level inside the step (Lu et al. 2022, DPM-Solver, Algorithm 1 at r1 = 1/2).
 
     u = x - s1 (e^{r1 h} - 1) eps,  x' = x - sigma' (e^h - 1) (eps + (eps(u, s1) - eps) / (2 r1)),  s1 at lambda + r1 h.
     Order 2, two evaluations. Raises ValueError where r1 is not in (0, 1].
@@ -66,7 +66,7 @@ def dpm_solver_2(r1: float = 0.5) -> Step:
 
 
 def dpm_solver_3(r1: float = 1 / 3, r2: float = 2 / 3) -> Step:
-    """DPM-Solver-3: two levels inside the step (Lu et al. 2022, DPM-Solver, Algorithm 5).
+    """DPM-Solver-3: two levels inside the step (Lu et al. 2022, DPM-Solver, Algorithm 2).
 
     u1 = x - s1 (e^{r1 h} - 1) eps,                                    D1 = eps(u1, s1) - eps
     u2 = x - s2 (e^{r2 h} - 1) eps - s2 (r2 / r1) phi(r2 h) D1,        D2 = eps(u2, s2) - eps

@@ -79,7 +79,7 @@ def edm_stochastic(
 
 
 def dpm_solver_pp_sde_2m(noise: Noise) -> Step:
-    """SDE-DPM-Solver++(2M), with the last D as its memory (Lu et al. 2022b; diffusers' `midpoint`).
+    """SDE-DPM-Solver++(2M), with the last D as its memory (Lu et al. 2022, DPM-Solver++; diffusers' `midpoint`).
 
     x' = rho^2 x + (1 - rho^2) (D + (h / h_last) (D - D_last) / 2) + sigma' sqrt(1 - rho^2) z
     rho = sigma' / sigma,  h = log(sigma / sigma'),  h_last = log(sigma_last / sigma)

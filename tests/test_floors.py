@@ -72,7 +72,8 @@ def test_the_loop_contract_names_every_wrapper_that_exists() -> None:
     layers = [layer.split(" | ") for layer in contracts()[FLOORS]["layers"]]
     first, last = (next(i for i, layer in enumerate(layers) if name in layer) for name in ("stochastic", "steps"))
     ways_to_move = {f"course_lib.{name}" for layer in layers[first : last + 1] for name in layer} - wrappers
-    assert set(contract["source_modules"]) == ways_to_move | {"course_lib.sample", "course_lib.adaptive"}
+    loops = {f"course_lib.{name}" for name in ("sample", "adaptive", "parallel", "gddim")}
+    assert set(contract["source_modules"]) == ways_to_move | loops
 
 
 def _exists(name: str) -> bool:

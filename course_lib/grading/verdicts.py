@@ -106,7 +106,8 @@ def run_drive(item: Item, fn: Callable[..., Any], cases: list[Case]) -> tuple[st
 def _crash(error: Exception, fn: Callable[..., Any]) -> str:
     code = getattr(fn, "__code__", None)
     frames = traceback.extract_tb(error.__traceback__)
-    mine = [frame for frame in frames if code is not None and frame.filename == code.co_filename]
+    here = (code.co_filename, code.co_name) if code is not None else None  # not a helper that stands beside it in the cell
+    mine = [frame for frame in frames if (frame.filename, frame.name) == here]
     first = code.co_firstlineno if code is not None else 1
     where = f" in line {mine[-1].lineno - first + 1} of {fn.__name__}" if mine and mine[-1].lineno else ""
     said = (str(error).splitlines() or [""])[0]

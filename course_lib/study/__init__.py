@@ -4,9 +4,11 @@ from course_lib.study.code import source
 from course_lib.study.debugger import DebugExplorer
 from course_lib.study.explorer import Explorer
 from course_lib.study.explorers import ReverseExplorer, ScheduleExplorer
+from course_lib.study.flows import FlowExplorer
 from course_lib.study.particles import ParticleExplorer
 from course_lib.study.pictures import animate, canvas, grid, png, render, strip, tile
 from course_lib.study.points import density, field, plane, scatter
+from course_lib.study.samplers import SamplerExplorer
 from course_lib.study.scenes import PromptExplorer, SceneExplorer
 from course_lib.study.style import COLOURS, DENSITY, use
 
@@ -15,9 +17,11 @@ __all__ = [
     "DENSITY",
     "DebugExplorer",
     "Explorer",
+    "FlowExplorer",
     "ParticleExplorer",
     "PromptExplorer",
     "ReverseExplorer",
+    "SamplerExplorer",
     "SceneExplorer",
     "ScheduleExplorer",
     "animate",

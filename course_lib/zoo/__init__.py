@@ -30,6 +30,7 @@ RECIPES = {
     "digits": "course_lib.zoo.recipes.digits",
     "digits-reader": "course_lib.zoo.recipes.digits_reader",
     "digits-reader-2": "course_lib.zoo.recipes.digits_reader",
+    "blobs-reflow": "course_lib.zoo.recipes.reflow",
     "scenes-reader": "course_lib.zoo.recipes.scenes_reader",
     "scenes-reader-2": "course_lib.zoo.recipes.scenes_reader",
     "mini-sd": "course_lib.zoo.recipes.mini_sd",
@@ -183,6 +184,8 @@ def _save_pipeline(name: str, pipeline: Any, facts: dict[str, Any], weights: Pat
     weights.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=weights) as temporary:
         new, old, target = Path(temporary) / "new", Path(temporary) / "old", weights / name
+        for part in (pipeline.unet, pipeline.vae):
+            part.register_to_config(_name_or_path=name)  # else the folder of this machine from which it was loaded
         pipeline.to(torch.float16).save_pretrained(new, safe_serialization=True)
         contents = {path.relative_to(new).as_posix(): path.read_bytes() for path in sorted(new.rglob("*")) if path.is_file()}
         if target.exists():

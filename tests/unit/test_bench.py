@@ -1,5 +1,6 @@
-"""Benchmarks: rows of both kinds, limits that fail, and the classroom's swiss roll."""
+"""Benchmarks: rows of both kinds, limits that fail, the classroom's swiss roll, and every rule of a sampler."""
 
+import inspect
 import json
 import math
 
@@ -10,8 +11,10 @@ from sklearn.datasets import make_swiss_roll
 from torch.testing import assert_close
 from typer.testing import CliRunner
 
-from course_lib import bench, cli
-from course_lib.worlds.toys import classroom_roll
+from course_lib import bench, bench_rules, cli, langevin, multistep, sdes, singlestep, steps, stochastic
+from course_lib.bench_rules import PEERS, RULES, Counting, beside, in_samplers
+from course_lib.worlds.toys import classroom_roll, three_blobs
+from tests.draws import normal
 
 SE = 4.5  # standard errors
 F64 = torch.float64
@@ -80,3 +83,62 @@ def test_the_families_took_the_same_time_to_train():
     rows = bench.bench_families(steps=2)
     assert [row["name"].split(":")[0] for row in rows[:4]] == ["ring, GAN", "ring, VAE", "ring, flow", "ring, diffusion"]
     assert len(rows) == 8 and all(row["value"] > 0 and row["limit"] > 0 for row in rows)
+
+
+# --- the rules ---------------------------------------------------------------------------------------------------------
+
+
+def rules_of(module) -> set[str]:
+    """The public steps of a module and its functions that make one."""
+    functions = {n: f for n, f in vars(module).items() if inspect.isfunction(f) and f.__module__ == module.__name__}
+    signatures = {n: inspect.signature(f) for n, f in functions.items() if not n.startswith("_")}
+    is_step = lambda s: list(s.parameters)[:5] == ["D", "x", "sigma", "sigma_next", "memory"]
+    return {n for n, s in signatures.items() if s.return_annotation == "Step" or is_step(s)}
+
+
+def test_no_rule_is_left_out():
+    found = [rules_of(module) for module in (steps, singlestep, multistep, stochastic, langevin, sdes)]
+    assert all(found) and set().union(*found) == set(RULES)
+
+
+CALLS = {"heun": 2, "dpm_solver_2": 2, "dpm_solver_3": 3, "dpm_solver_pp_2s": 2, "edm_stochastic": 2, "dpm_solver_sde": 2}
+
+
+def test_a_rule_is_held_against_as_many_calls_as_it_makes():
+    """Rules of several evaluations make one in the step to 0; PLMS begins with two, and a correction has one of its own."""
+    D, walks = Counting(three_blobs().denoiser), 6
+    for name, run, calls in in_samplers(D, normal(4, 2), walks):
+        if name != "sample_adaptive":
+            extra = {"plms": 1, "predictor_corrector": walks - 1}.get(name, 0)
+            assert calls == (walks - 1) * CALLS.get(name, 1) + 1 + extra, name
+        D.calls = 0
+        run()
+        assert D.calls == calls > 0, name
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_both_sides_walk_afresh_each_time(name):
+    """They spend the same calls, but for schedulers that count a level inside a step among their steps."""
+    ours, calls, theirs, their_calls = beside(PEERS[name], normal(2, 3, 4, 4).float(), 6)
+    if PEERS[name].scheduler == "DPMSolverSinglestepScheduler":
+        assert their_calls == 6 < calls
+    else:
+        assert their_calls - calls == (name == "predictor_corrector")  # theirs corrects before the first step, too
+    assert theirs() == their_calls  # a scheduler that had kept its history would run beyond its last step
+    ours()
+
+
+def test_rows_of_the_rules(monkeypatch):
+    """A row for each rule of each kind; whether they keep their limits depends on the machine, and `make bench` asks."""
+    monkeypatch.setattr(bench_rules, "RULES", {name: RULES[name] for name in ("ddim", "plms")})
+    monkeypatch.setattr(bench_rules, "PEERS", {"heun": PEERS["heun"]})
+    *alone, adaptive, beside_theirs = bench.bench_rules(steps=2, walks=4, rounds=2)
+    assert [(row["name"], row["other"]) for row in (*alone, adaptive)] == [
+        ("sample(digits), ddim", "2 bare network calls"),
+        ("sample(digits), plms", "3 bare network calls"),
+        ("sample(digits), sample_adaptive", adaptive["other"]),
+    ]
+    assert all(row["limit"] >= 1.05 for row in (*alone, adaptive))
+    assert beside_theirs["name"] == "rule alone: heun, 1,000 calls"
+    assert beside_theirs["other"] == "diffusers HeunDiscreteScheduler" and beside_theirs["limit"] >= 1
+    assert all(row["ours_s"] > 0 and row["other_s"] > 0 for row in (*alone, adaptive, beside_theirs))

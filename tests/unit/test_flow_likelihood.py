@@ -194,6 +194,7 @@ def test_errors_name_what_is_wrong():
     D, x = three_blobs().denoiser, torch.zeros(2, 2, dtype=F64)
     for options, said in (
         ({"sigma_min": 0.0}, "sigma_min = 0.0, sigma_max = 80.0; expected 0 < sigma_min < sigma_max"),
+        ({"sigma_max": math.inf}, "sigma_max = inf; expected 0 < sigma_min < sigma_max, both finite"),
         ({"divergence": "trace"}, "divergence = 'trace'; expected 'exact' or 'hutchinson'"),
         ({"steps": 0}, "steps = 0; expected at least 1"),
         ({"divergence": "hutchinson", "noise": noise_of(0), "probes": 0}, "probes = 0; expected at least 1"),

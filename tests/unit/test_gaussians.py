@@ -205,6 +205,15 @@ def test_reference_flow_keeps_the_distribution_function(sigma_next):
     assert_close(cdf(end, sigma_next), cdf(x, sigma), rtol=0, atol=1e-7)
 
 
+@pytest.mark.parametrize("level", [0.0, -1.0, math.inf, math.nan])
+def test_reference_flow_needs_finite_levels(level):
+    mixture = three_blobs()
+    with pytest.raises(ValueError, match=f"sigma = {level:g}; expected a finite sigma > 0"):
+        mixture.reference_flow(torch.zeros(1, 2), level, 1.0)
+    with pytest.raises(ValueError, match=f"sigma_next = {level:g}; expected a finite sigma > 0"):
+        mixture.reference_flow(torch.zeros(1, 2), 1.0, level)
+
+
 def test_reference_flow_runs_back():
     mixture = three_blobs()
     x = mixture.sample(8, torch.Generator().manual_seed(1), 3.0)

@@ -1,6 +1,7 @@
 """Every schedule keeps the promises of the interface: VDM's algebra, falling SNR, inverses, the forward chain."""
 
 import math
+from fractions import Fraction
 from itertools import pairwise
 
 import numpy as np
@@ -9,7 +10,21 @@ import torch
 from torch.testing import assert_close
 
 from course_lib import schedules
-from course_lib.schedules import EDM, Cosine, Discrete, Flow, Linear, Schedule, karras, uniform
+from course_lib.schedules import (
+    EDM,
+    Cosine,
+    Discrete,
+    Flow,
+    Linear,
+    Schedule,
+    exponential,
+    karras,
+    leading,
+    linspace,
+    log_snr,
+    trailing,
+    uniform,
+)
 from course_lib.types import check_grid
 
 SE = 4.5  # standard errors
@@ -20,6 +35,8 @@ ALL = [*CONTINUOUS, *TABLES]
 names = lambda schedule: f"{type(schedule).__name__}-{schedule.name}"
 every = pytest.mark.parametrize("schedule", ALL, ids=names)
 every_table = pytest.mark.parametrize("schedule", TABLES, ids=names)
+STABLE = Discrete(schedules.scaled_linear_betas())
+TOP, BOTTOM = (float(STABLE.sigma(t)) for t in (999.0, 0.0))
 
 
 def inner_times(schedule: Schedule, n: int = 501) -> torch.Tensor:
@@ -259,6 +276,139 @@ def test_a_grid_from_infinite_sigma_is_refused(schedule):
     """At t = 1 no signal is left: cos(pi/2) = 0 is 6e-17 in float64, and sigma = 1.6e16 is rounding, not a level."""
     with pytest.raises(ValueError, match=r"t_max = 1\.0.*infinite.*expected t_max <"):
         uniform(schedule, 10)
+
+
+GRIDS = {
+    "uniform": lambda n, **end: uniform(STABLE, n, **end),
+    "karras": lambda n, **end: karras(n, BOTTOM, TOP, **end),
+    "exponential": lambda n, **end: exponential(n, BOTTOM, TOP, **end),
+    "log_snr": lambda n, **end: log_snr(STABLE, n, **end),
+    "leading": lambda n, **end: leading(STABLE, n, 1, **end),
+    "leading, upper": lambda n, **end: leading(STABLE, n, drop_lowest=True, **end),
+    "linspace, upper": lambda n, **end: linspace(STABLE, n, drop_lowest=True, **end),
+    "trailing": lambda n, **end: trailing(STABLE, n, **end),
+}
+
+
+@pytest.mark.parametrize("to_zero", [True, False])
+@pytest.mark.parametrize("n", [1, 2, 7, 50, 500])
+@pytest.mark.parametrize("name", GRIDS)
+def test_a_grid_of_n_steps_has_n_and_one_falling_levels(name, n, to_zero):
+    grid = GRIDS[name](n, to_zero=to_zero)
+    assert grid.shape == (n + 1,) and grid.dtype == F64 and torch.equal(check_grid(grid), grid)
+    assert float(grid[-1]) == (0 if to_zero else pytest.approx(BOTTOM, rel=1e-12))
+    assert float(grid[0]) <= TOP * (1 + 1e-12)
+    if not name.startswith("leading"):
+        assert float(grid[0]) == pytest.approx(TOP, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", ["uniform", "karras", "exponential", "log_snr"])
+def test_without_zero_the_last_step_ends_at_the_lowest_level(name):
+    """The levels of one step more, whose last step, to 0, is left out."""
+    assert_close(GRIDS[name](20, to_zero=False), GRIDS[name](21)[:-1], rtol=1e-12, atol=0)
+
+
+def test_a_uniform_grid_of_a_schedule_that_ends_at_0_ends_there_either_way():
+    assert_close(uniform(Linear(), 10, to_zero=False), Linear().sigma(torch.linspace(1, 0, 11, dtype=F64)))
+    assert torch.equal(uniform(Linear(), 10, to_zero=False), uniform(Linear(), 10))
+
+
+def test_exponential_levels_have_one_ratio():
+    grid = exponential(12, 0.03, 15.0)
+    assert_close(grid[1:-1] / grid[:-2], torch.full((11,), (0.03 / 15.0) ** (1 / 11), dtype=F64), rtol=1e-12, atol=0)
+
+
+def test_karras_becomes_exponential():
+    """With a = sigma^(1/rho), log sigma at the share u is rho log((1 - u) a + u b): by its cumulants (1 - u) log sigma_max
+    + u log sigma_min + u (1 - u) L^2 / (2 rho) + O(L^3 / rho^2), L = log(sigma_max / sigma_min) = 10.6."""
+    u, L, rho = torch.linspace(0, 1, 15, dtype=F64)[1:-1], math.log(80 / 0.002), 1e5
+    excess = (karras(15, rho=rho)[1:-2] / exponential(15)[1:-2]).log()
+    assert_close(excess * rho, u * (1 - u) * L**2 / 2, rtol=L / rho, atol=1e-5)  # 2^-53 in a root, times rho in its power
+
+
+@every
+def test_log_snr_is_even_in_log_snr(schedule):
+    """To the ends given in time; and `exponential` of the same ends is the same grid."""
+    low, high = (schedule.t_min + share * (schedule.t_max - schedule.t_min) for share in (0.02, 0.9))
+    grid = log_snr(schedule, 9, low, high, to_zero=False)
+    t = schedule.t_of_sigma(grid)
+    assert float(t[0]) == pytest.approx(high, rel=1e-9) and float(t[-1]) == pytest.approx(low, rel=1e-9)
+    steps = schedule.log_snr(t).diff()
+    assert_close(steps, steps.mean().expand(9), rtol=1e-10, atol=0)  # t(sigma) and back, a rounding times d log SNR / d log t
+    assert_close(exponential(9, float(grid[-1]), float(grid[0]), to_zero=False), grid, rtol=1e-12, atol=0)
+
+
+TEN_OF_1000 = {  # Lin et al. 2024, Tab. 2, whose times begin at 1
+    "leading": (leading, range(901, 0, -100)),
+    "linspace": (linspace, [1000, 889, 778, 667, 556, 445, 334, 223, 112, 1]),
+    "trailing": (trailing, range(1000, 0, -100)),
+}
+
+
+@pytest.mark.parametrize("name", TEN_OF_1000)
+def test_ten_steps_of_a_thousand_are_as_tabled(name):
+    make, times = TEN_OF_1000[name]
+    expected = STABLE.sigma(torch.tensor(list(times), dtype=F64) - 1)
+    assert_close(make(STABLE, 10), torch.cat([expected, torch.zeros(1, dtype=F64)]), rtol=1e-12, atol=0)
+
+
+def times_of(grid: torch.Tensor) -> list[int]:
+    """The whole times of a grid's levels above 0."""
+    t = STABLE.t_of_sigma(grid[grid > 0])
+    assert_close(t, t.round(), rtol=0, atol=1e-7)
+    return t.round().long().tolist()
+
+
+@pytest.mark.parametrize("n", [2, 3, 6, 7, 47, 48, 61, 96, 103, 121, 240, 333, 666, 999, 1000])
+def test_times_are_rounded_from_their_exact_fractions(n):
+    """Halves go to the even time, as round() has it; in floating point a step of 1000/48 meets 62.5 only by luck."""
+    assert times_of(trailing(STABLE, n)) == [round(1000 - Fraction(1000 * k, n)) - 1 for k in range(n)]
+    assert times_of(linspace(STABLE, n)) == [round(999 - Fraction(999 * k, n - 1)) for k in range(n)]
+    stride = 1000 // n
+    assert times_of(leading(STABLE, n)) == [stride * k for k in range(n)][::-1]
+
+
+@pytest.mark.parametrize("n", [1, 4, 25, 999])
+def test_dropping_the_lowest_time_leaves_the_others(n):
+    for make in (leading, linspace):
+        assert times_of(make(STABLE, n, drop_lowest=True)) == times_of(make(STABLE, n + 1))[:-1]
+        assert times_of(make(STABLE, n, to_zero=False, drop_lowest=True)) == times_of(make(STABLE, n + 1))
+    if n < 999:
+        shifted = leading(STABLE, n, 1, drop_lowest=True)
+        assert times_of(shifted) == [t + 1 for t in times_of(leading(STABLE, n, drop_lowest=True))]
+
+
+def test_all_thousand_steps_are_the_whole_table():
+    """Where n = T the three spacings are one: DDPM's own walk."""
+    whole = torch.cat([STABLE.sigma(torch.arange(999, -1, -1, dtype=F64)), torch.zeros(1, dtype=F64)])
+    for make in (leading, linspace, trailing):
+        assert_close(make(STABLE, 1000), whole, rtol=1e-12, atol=0)
+
+
+BAD_GRIDS = {
+    "leading, no steps": (lambda: leading(STABLE, 0), "n = 0; expected at least one"),
+    "leading, too many": (lambda: leading(STABLE, 1001), "n = 1001; expected at most 1000 steps in a table of 1000"),
+    "leading, too many by one": (lambda: leading(STABLE, 1000, drop_lowest=True), "n = 1000; expected at most 999 steps"),
+    "linspace, too many": (lambda: linspace(STABLE, 1001), "n = 1001; expected at most 1000"),
+    "trailing, too many": (lambda: trailing(STABLE, 1001), "n = 1001; expected at most 1000"),
+    "beyond the table": (lambda: leading(STABLE, 1000, 1), "offset = 1 leads to time 1000; expected times from 0 to 999"),
+    "before the table": (lambda: leading(STABLE, 10, -1), "offset = -1 leads to time 899; expected times from 0"),
+    "no table": (lambda: trailing(Linear(), 10), "table is a Linear schedule; expected a Discrete"),
+    "ends twice": (lambda: leading(STABLE, 10, to_zero=False), "to_zero = False, but the lowest time is 0 already; expected an"),
+    "ends twice, rounded": (lambda: trailing(STABLE, 700, to_zero=False), "to_zero = False, but the lowest time is 0"),
+    "exponential, no steps": (lambda: exponential(0), "n = 0; expected at least one"),
+    "exponential, to 0": (lambda: exponential(5, 0.0, 1.0), r"sigma_min = 0\.0, sigma_max = 1\.0; expected 0 <"),
+    "exponential, rising": (lambda: exponential(5, 2.0, 1.0), r"sigma_min = 2\.0, sigma_max = 1\.0; expected 0 <"),
+    "no noise": (lambda: log_snr(Linear(), 5), r"t_min = 0\.0 of the linear schedule has no noise.*expected t_min > 0"),
+    "no signal": (lambda: log_snr(Flow(), 5, 0.1), r"t_max = 1\.0 of the flow schedule leaves no signal.*expected t_max <"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_GRIDS)
+def test_errors_of_grids(name):
+    make, message = BAD_GRIDS[name]
+    with pytest.raises(ValueError, match=message):
+        make()
 
 
 def test_errors_of_schedules():

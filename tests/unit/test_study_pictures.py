@@ -132,6 +132,17 @@ def test_strip_names_rows_and_columns():
     assert (seen[-40:, -40:] == 128).all() and (seen[-90:-50, -40:] == 0).all()
 
 
+@pytest.mark.parametrize("scale", [1, 2, 5])
+@pytest.mark.parametrize("name", ["DPM-Solver++(2M)", "WWWWWWWW", "milli illi", "$x_t$ at $\\sigma$ = 3", "two\nlines of text"])
+def test_strip_does_not_clip_the_names_of_rows(name, scale):
+    figure = pictures.strip([torch.zeros(2, 1, 16, 16)], [name], scale=scale)
+    seen = decode(pictures.render(figure))
+    # a pixel for the edge of a letter that reaches beyond its box
+    assert figure.axes[0].texts[0].get_window_extent().x0 >= figure.bbox.x0 + 1
+    assert (seen[:, 0] == 255).all(), "ink at the very edge has lost what lies beyond"
+    assert (seen[:, : seen.shape[1] // 2] < 128).any()
+
+
 @pytest.mark.parametrize(
     "call, message",
     [

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from course_lib.gaussians import Mixture
-from course_lib.grading.items import Case, Outputs, Unacceptable, arrays, call, item, law, mistake
-from course_lib.grading.sets.tools import T, pictures, right
+from course_lib.grading.items import Case, Outputs, arrays, call, item, law, mistake
+from course_lib.grading.sets.tools import T, named, pictures, right
 from course_lib.schedules import cosine_betas, linear_betas
 
 
@@ -29,11 +29,7 @@ class X0AndV:
         ]
 
     def drive(fn, case: Case) -> Outputs:
-        result = call(fn, T(case["x_t"]), T(case["eps"]), T(case["alpha_bar"]))
-        if not (isinstance(result, (tuple, list)) and len(result) == 2):
-            raise Unacceptable(f"the function returns one value of type {type(result).__name__}; expected the pair (x0, v)")
-        x0, v = result
-        return arrays(x0=x0, v=v)
+        return arrays(**named(call(fn, T(case["x_t"]), T(case["eps"]), T(case["alpha_bar"])), "x0", "v"))
 
     def reference(x_t: Tensor, eps: Tensor, alpha_bar: Tensor) -> tuple[Tensor, Tensor]:
         a, b = right(alpha_bar, x_t).sqrt(), right(1 - alpha_bar, x_t).sqrt()

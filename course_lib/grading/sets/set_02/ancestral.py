@@ -13,7 +13,6 @@ from course_lib.grading.sets.set_02.common import (
     batch,
     clean,
     drive_sampler,
-    fit,
     grown,
     levels,
     noisy,
@@ -22,7 +21,7 @@ from course_lib.grading.sets.set_02.common import (
     sampler_case,
     signal,
 )
-from course_lib.grading.sets.tools import T
+from course_lib.grading.sets.tools import T, fit
 
 
 def _mean(x_t: Tensor, eps: Tensor, t: int, betas: Tensor) -> Tensor:

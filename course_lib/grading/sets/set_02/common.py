@@ -1,4 +1,4 @@
-"""What several items of set 02 share: the numbers of a table of betas, stand-ins for networks, fits for the laws."""
+"""What several items of set 02 share: the numbers of a table of betas, stand-ins for networks, runs of a sampler."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from course_lib.grading.items import Case, Outputs, Unacceptable, arrays, call
-from course_lib.grading.sets.tools import T, right
+from course_lib.grading.sets.tools import T, fit, right
 
 STEPS = ("course_lib.steps.ddpm", "course_lib.steps.ddim", "course_lib.steps.ddim_eta")
 
@@ -86,23 +86,6 @@ NETS = {
 def batch(t: int, x: Tensor) -> Tensor:
     """The time t for every sample of x, (B,)."""
     return torch.full((len(x),), t)
-
-
-# --- what a student's function returned --------------------------------------------------------------
-
-
-def pair(result: object, names: str) -> tuple:
-    """The two values of a returned pair; Unacceptable where it is none."""
-    if not (isinstance(result, (tuple, list)) and len(result) == 2):
-        raise Unacceptable(f"the function returns one value of type {type(result).__name__}; expected the pair {names}")
-    return tuple(result)
-
-
-def fit(target: np.ndarray, *parts: np.ndarray) -> tuple[np.ndarray, float]:
-    """The factors of `parts` in `target`, by least squares, and the share of it that they do not explain."""
-    columns = np.stack([part.ravel() for part in parts], 1)
-    factors = np.linalg.lstsq(columns, target.ravel(), rcond=None)[0]
-    return factors, float(np.abs(columns @ factors - target.ravel()).max() / max(1e-12, np.abs(target).max()))
 
 
 # --- driving a sampler --------------------------------------------------------------------------------

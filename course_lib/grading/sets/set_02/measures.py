@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from course_lib.grading.items import Case, Outputs, Unacceptable, arrays, call, item, law, mistake
-from course_lib.grading.sets.tools import T, pictures
+from course_lib.grading.items import Case, Outputs, arrays, call, item, law, mistake
+from course_lib.grading.sets.tools import T, named, pictures
 from course_lib.metrics import precision_recall as library_precision_recall
 
 
@@ -42,12 +42,7 @@ class PrecisionRecall:
         return [*result, {"real": real, "fake": real[:25] + 0.0, "k": 3}, {"real": real, "fake": real[:25] + 100, "k": 3}]
 
     def drive(fn, case: Case) -> Outputs:
-        result = call(fn, T(case["real"]), T(case["fake"]), case["k"])
-        if not (isinstance(result, (tuple, list)) and len(result) == 2):
-            raise Unacceptable(
-                f"the function returns one value of type {type(result).__name__}; expected the pair (precision, recall)"
-            )
-        return arrays(precision=result[0], recall=result[1])
+        return arrays(**named(call(fn, T(case["real"]), T(case["fake"]), case["k"]), "precision", "recall"))
 
     def reference(real: Tensor, fake: Tensor, k: int) -> tuple[float, float]:
         return library_precision_recall(real, fake, k)

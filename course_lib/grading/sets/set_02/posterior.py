@@ -9,16 +9,14 @@ from course_lib.grading.items import Case, Outputs, arrays, call, item, law, mis
 from course_lib.grading.sets.set_02.common import (
     STEPS,
     clean,
-    fit,
     levels,
     noisy,
     numbers,
-    pair,
     posterior_mean,
     posterior_variance,
     signal,
 )
-from course_lib.grading.sets.tools import T, pictures, right
+from course_lib.grading.sets.tools import T, fit, named, pictures, right
 
 
 @item(
@@ -46,8 +44,7 @@ class Posterior:
 
     def drive(fn, case: Case) -> Outputs:
         result = call(fn, T(case["x0"]), T(case["x_t"]), T(case["t"]), T(case["betas"]))
-        mean, variance = pair(result, "(mean, variance)")
-        return arrays(mean=mean, variance=variance)
+        return arrays(**named(result, "mean", "variance"))
 
     def reference(x0: Tensor, x_t: Tensor, t: Tensor, betas: Tensor) -> tuple[Tensor, Tensor]:
         return posterior_mean(x0, x_t, t, betas), posterior_variance(betas, t)
@@ -166,8 +163,7 @@ class X0AndMean:
 
     def drive(fn, case: Case) -> Outputs:
         result = call(fn, T(case["x_t"]), T(case["eps_hat"]), case["t"], T(case["betas"]))
-        x0, mean = pair(result, "(x0_hat, mean)")
-        return arrays(x0_hat=x0, mean=mean)
+        return arrays(**named(result, "x0_hat", "mean"))
 
     def reference(x_t: Tensor, eps_hat: Tensor, t: int, betas: Tensor) -> tuple[Tensor, Tensor]:
         x0 = clean(x_t, eps_hat, t, betas).clamp(-1, 1)

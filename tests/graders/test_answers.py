@@ -1,0 +1,256 @@
+"""Answers that the sets did not foresee: right ones in another form pass, and the library's own are refused."""
+
+import math
+
+import numpy as np
+import torch
+
+from course_lib.grading import verdicts
+
+
+def test_a_right_answer_written_in_another_way_passes_set_01():
+    def by_precision(x, sigma, mean, std):
+        data, prior = 1 / sigma**2, 1 / std**2
+        return (data * x + prior * mean) / (data + prior)
+
+    def by_tweedie(x, sigma, mean, std):
+        return x + sigma**2 * (mean - x) / (std**2 + sigma**2)
+
+    def in_a_loop(x_prev, beta, eps):
+        out = torch.empty_like(x_prev)
+        for i in range(len(x_prev)):
+            out[i] = np.sqrt(1 - float(beta)) * x_prev[i] + float(beta) ** 0.5 * eps[i]
+        return out
+
+    assert verdicts.judge("01.7", by_precision).correct
+    assert verdicts.judge("01.7", by_tweedie).correct
+    assert verdicts.judge("01.1", in_a_loop).correct
+
+
+def test_the_library_is_no_answer_set_01():
+    from course_lib.gaussians import Mixture
+    from course_lib.gaussians import Mixture as Renamed
+
+    def by_library(x, sigma, weights, means, std):
+        return Mixture.isotropic(means, std, weights).denoiser(x, sigma)
+
+    def renamed(x, sigma, weights, means, std):
+        return Renamed(weights, means, std**2 * torch.eye(2).expand(3, 2, 2)).denoiser(x, sigma)
+
+    for fn in (by_library, renamed):
+        result = verdicts.judge("01.8", fn)
+        assert result.status == verdicts.WRONG and "is the answer itself" in result.message
+
+
+def test_a_right_answer_written_in_another_way_passes_set_02():
+    def by_precision(x0, x_t, t, betas):
+        a = torch.cumprod(1 - betas, 0)
+        before = torch.where(t > 0, a[t - 1], 1.0)
+        prior, reading = 1 / (1 - before), (1 - betas[t]) / betas[t]  # of N(sqrt(before) x0, ...) and of x_t / sqrt(1 - beta)
+        share = torch.where(before < 1, prior / (prior + reading), 1.0).reshape(-1, 1, 1, 1)
+        signal, kept = before.sqrt().reshape(-1, 1, 1, 1), (1 - betas[t]).sqrt().reshape(-1, 1, 1, 1)
+        return share * signal * x0 + (1 - share) * x_t / kept, torch.where(before < 1, 1 / (prior + reading), 0.0)
+
+    def float_loss(net, ema, optimizer, loss_fn, batch, decay):
+        optimizer.zero_grad(set_to_none=False)
+        loss = loss_fn(net, batch)
+        loss.backward()
+        optimizer.step()
+        for e, w in zip(ema.parameters(), net.parameters(), strict=True):
+            e.data = decay * e.data + (1 - decay) * w.data
+        return loss.item()
+
+    @torch.no_grad()
+    def by_the_posterior(net, x_T, betas, noise):
+        a, x = torch.cumprod(1 - betas, 0), x_T.clone()
+        for t in range(len(betas) - 1, -1, -1):
+            before = a[t - 1] if t else torch.ones(())
+            x0 = (x - (1 - a[t]).sqrt() * net(x, t)) / a[t].sqrt()
+            x = (before.sqrt() * betas[t] * x0 + (1 - betas[t]).sqrt() * (1 - before) * x) / (1 - a[t])
+            x += (t > 0) * betas[t].sqrt() * noise(x)  # a draw at t = 0 too, which is not used
+        return x
+
+    def all_at_once(real, fake, k):
+        def share(points, centres):
+            nearest = (centres[:, None] - centres).norm(dim=-1).sort(1).values
+            return np.mean([(p - centres).norm(dim=-1).le(nearest[:, k]).any() for p in points])
+
+        return [share(fake, real), share(real, fake)]
+
+    def by_distributions(x, mean, std):
+        return -torch.distributions.Normal(mean, std).log_prob(x).mean((1, 2, 3)) / np.log(2)
+
+    @torch.no_grad()
+    def in_sigma(net, x_T, betas, noise, times, eta):
+        a = torch.cumprod(1 - betas, 0)[times]
+        sigmas = [*((1 - a) / a).sqrt(), torch.zeros(())]
+        x = x_T / a[0].sqrt()
+        for t, sigma, after in zip(times, sigmas[:-1], sigmas[1:], strict=True):
+            eps = net(x / (1 + sigma**2).sqrt(), torch.tensor([t]))
+            s = eta * after * (1 - (after / sigma) ** 2).sqrt()
+            x = x - sigma * eps + (after**2 - s**2).sqrt() * eps + s * noise(x)
+        return x
+
+    for item_id, fn in {"02.1": by_precision, "02.3": float_loss, "02.6": by_the_posterior, "02.8": all_at_once,
+                        "02.9": by_distributions, "02.11": in_sigma}.items():  # fmt: skip
+        result = verdicts.judge(item_id, fn)
+        assert result.correct, (item_id, result.message)
+
+
+def test_noise_of_ones_own_is_said_set_02():
+    def draws_itself(net, x_T, betas, noise):
+        x = x_T
+        for t in reversed(range(len(betas))):
+            x = x - betas[t] * net(x, t) + betas[t].sqrt() * torch.randn_like(x)
+        return x
+
+    def draws_on_and_on(net, x_T, betas, noise):
+        return sum(noise(x_T) for _ in range(100))
+
+    for fn, said in ((draws_itself, "two runs on the same noise"), (draws_on_and_on, "is called more than")):
+        result = verdicts.judge("02.6", fn)
+        assert result.status == verdicts.WRONG and said in result.message
+
+
+def test_the_library_is_no_answer_set_02():
+    from course_lib.likelihood import variational_bound
+    from course_lib.metrics import precision_recall
+    from course_lib.sample import sample
+    from course_lib.steps import ddpm
+    from course_lib.training import EMA
+
+    def by_sample(net, x_T, betas, noise):
+        alpha_bar = torch.cumprod(1 - betas, 0)
+        sigmas = torch.cat([((1 - alpha_bar) / alpha_bar).sqrt().flip(0), torch.zeros(1)])
+        D = lambda x, sigma: x - sigma * net(x / (1 + sigma**2).sqrt(), 0)
+        return sample(D, x_T / alpha_bar[-1].sqrt(), sigmas, ddpm(noise, "large"))
+
+    def by_bound(x0, x0_hat, sigma, sigma_next):
+        return variational_bound(lambda x, s: x0_hat, x0, torch.stack([sigma, sigma_next]), torch.zeros_like).diffusion
+
+    def by_ema(net, ema, optimizer, loss_fn, batch, decay):
+        return EMA(net, decay)
+
+    for item_id, fn in {"02.3": by_ema, "02.6": by_sample, "02.8": precision_recall, "02.10": by_bound}.items():
+        result = verdicts.judge(item_id, fn)
+        assert result.status == verdicts.WRONG and "is the answer itself" in result.message, (item_id, result)
+
+
+def test_a_right_answer_written_in_another_way_passes_set_03():
+    def by_score(D, x, sigma, sigma_next):
+        score = (D(x, sigma) - x) / sigma**2
+        return -sigma * score, x - (sigma_next - sigma) * sigma * score
+
+    def by_estimates(D, x, sigma, sigma_next):
+        x0 = D(x, sigma.expand(len(x)))
+        x_hat = x0 + sigma_next / sigma * (x - x0)
+        if sigma_next > 0:
+            x_hat = x_hat + (sigma_next - sigma) / 2 * ((x_hat - D(x_hat, sigma_next)) / sigma_next - (x - x0) / sigma)
+        return x_hat
+
+    def by_ddim(D, x, lam, lam_next):
+        sigma, sigma_next = math.exp(-lam), math.exp(-lam_next)
+        x0 = D(x, sigma)
+        return x0 + sigma_next * (x - x0) / sigma
+
+    def as_published(D, x, sigma, sigma_next, sigma_before, D_before):
+        D_0 = D(x, sigma)
+        if sigma_next == 0:
+            return D_0, D_0
+        h = torch.log(sigma) - torch.log(sigma_next)
+        if D_before is None:
+            return sigma_next / sigma * x - torch.expm1(-h) * D_0, D_0
+        r = (sigma_before.log() - sigma.log()) / h
+        return sigma_next / sigma * x - torch.expm1(-h) * ((1 + 1 / (2 * r)) * D_0 - 1 / (2 * r) * D_before), D_0
+
+    def by_logarithms(error_n, error_2n):
+        return (error_n.log() - error_2n.log()) / math.log(2)
+
+    def by_jacobians(D, x0, sigmas):
+        def slope(x, sigma):
+            return (x - D(x, sigma)) / sigma
+
+        def trace(x, sigma):
+            jacobian = torch.func.vmap(torch.func.jacrev(lambda one: slope(one[None], sigma)[0].flatten()))(x)
+            return torch.einsum("bii->b", jacobian.reshape(len(x), x[0].numel(), -1))
+
+        x, log_p = x0, 0
+        for k in range(len(sigmas) - 1):
+            h, d = sigmas[k + 1] - sigmas[k], slope(x, sigmas[k])
+            end = x + h * d
+            log_p += h / 2 * (trace(x, sigmas[k]) + trace(end, sigmas[k + 1]))
+            x = x + h / 2 * (d + slope(end, sigmas[k + 1]))
+        log_p = log_p + torch.distributions.Normal(0, sigmas[-1]).log_prob(x).flatten(1).sum(1)
+        return -log_p / x0[0].numel() / math.log(2)
+
+    def by_lists(D, x0, sigmas, step):
+        levels, x = list(sigmas), x0
+        for k in range(len(levels) - 1, 0, -1):
+            x = step(D, x, levels[k], levels[k - 1])
+        latent = x.clone()
+        for k in range(len(levels) - 1):
+            x = step(D, x, levels[k], levels[k + 1])
+        return [latent, torch.stack([((a - b) ** 2).mean() ** 0.5 for a, b in zip(x, x0, strict=True)])]
+
+    def by_logspace(error, n, sigma_min, sigma_max, rho, even):
+        karras = torch.linspace(sigma_max ** (1 / rho), sigma_min ** (1 / rho), n, dtype=torch.float64) ** rho
+        geometric = torch.logspace(math.log10(sigma_max), math.log10(sigma_min), n, dtype=torch.float64)
+        grids = [torch.nn.functional.pad(karras, (0, 1)), torch.nn.functional.pad(geometric, (0, 1)), even]
+        return grids[0], grids[1], torch.tensor([error(grid) for grid in grids]).argmin()
+
+    def by_noise(D, x_t, t, t_next):
+        x0 = D(x_t / (1 - t), t / (1 - t))
+        eps = (x_t - (1 - t) * x0) / t
+        return eps - x0, (1 - t_next) * x0 + t_next * eps
+
+    def detached(v, eps, times, t):
+        x = eps
+        for k in range(len(times) - 1):
+            x = (x - (times[k] - times[k + 1]) * v(x, times[k].expand(len(x)))).detach()
+        return torch.stack([(1 - s) * a + s * b for s, a, b in zip(t, x, eps, strict=True)]), eps - x
+
+    def by_the_noise_in_x(D, x_t, t, t_next, z, beta_min, beta_max):
+        dt, beta = t - t_next, (1 - t) * beta_min + t * beta_max
+        alpha = torch.exp(-(beta_min * t + (beta_max - beta_min) * t * t / 2) / 2)
+        std = (1 - alpha * alpha) ** 0.5
+        eps = (x_t - alpha * D(x_t / alpha, std / alpha)) / std
+        return x_t + beta * dt * (x_t / 2 - eps / std) + beta**0.5 * dt**0.5 * z
+
+    for item_id, fn in {"03.1": by_score, "03.2": by_estimates, "03.3": by_ddim, "03.4": as_published, "03.5": by_logarithms,
+                        "03.6": by_jacobians, "03.7": by_lists, "03.8": by_logspace, "03.9": by_noise, "03.10": detached,
+                        "03.11": by_the_noise_in_x}.items():  # fmt: skip
+        result = verdicts.judge(item_id, fn)
+        assert result.correct, (item_id, result.message)
+
+
+def test_the_library_is_no_answer_set_03():
+    from course_lib import multistep, schedules, sdes, singlestep, steps
+    from course_lib.likelihood import exact_log_likelihood
+
+    def heun(D, x, sigma, sigma_next):
+        return singlestep.heun(D, x, sigma, sigma_next)[0]
+
+    def ddim(D, x, lam, lam_next):
+        return steps.ddim(D, x, torch.exp(-lam), torch.exp(-lam_next))[0]
+
+    def two_m(D, x, sigma, sigma_next, sigma_before, D_before):
+        memory = None if D_before is None else ((D_before, sigma_before),)
+        x_next, memory = multistep.dpm_solver_pp_2m(D, x, sigma, sigma_next, memory)
+        return x_next, memory[0][0]
+
+    def likelihood(D, x0, sigmas):
+        return exact_log_likelihood(D, x0, float(sigmas[0]), float(sigmas[-1])).bits_per_dim
+
+    def grids(error, n, sigma_min, sigma_max, rho, even):
+        return schedules.karras(n, sigma_min, sigma_max, rho), even, 0
+
+    def flow(D, x_t, t, t_next):
+        return x_t, steps.euler(schedules.Flow())(D, x_t / (1 - t), t / (1 - t), t_next / (1 - t_next))[0]
+
+    def sde(D, x_t, t, t_next, z, beta_min, beta_max):
+        return sdes.VP(beta_min, beta_max).move(x_t, t, t_next, lambda x: z, D)
+
+    for item_id, fn in {"03.2": heun, "03.3": ddim, "03.4": two_m, "03.6": likelihood, "03.8": grids, "03.9": flow,
+                        "03.11": sde}.items():  # fmt: skip
+        result = verdicts.judge(item_id, fn)
+        assert result.status == verdicts.WRONG and "is the answer itself" in result.message, (item_id, result)
