@@ -129,7 +129,7 @@ def bench_sampler() -> list[Row]:
     return rows
 
 
-def bench_rules(steps: int = 10, walks: int = 100, rounds: int = 5) -> list[Row]:
+def bench_rules(steps: int = 5, walks: int = 100, rounds: int = 5) -> list[Row]:
     """What each rule costs: in `sample` on `digits` beside bare network calls, and alone beside diffusers' scheduler.step.
 
     The first in `steps` steps of 32 digits. The second, per 1,000 network calls, in `walks` steps on a stored output of

@@ -108,7 +108,8 @@ def stand_in(name: str) -> str:
 
 def load(name: str, device: str | None = None) -> Any:
     """Return the trained model of this name, in evaluation mode: a Denoiser; for readers of digits the network, of scenes a
-    `readers.SceneReader`; for `ring-*` and `digits-*` the three models of a family; for a pipeline a `pretrained.Pretrained`.
+    `readers.SceneReader`; for `ring-*` and `digits-*` the three models of a family; for `blobs-reflow` three
+    dicts of flows, first, reflowed and shuffled; for a pipeline a `pretrained.Pretrained`.
 
     A pipeline is embedded, a local folder, a short name of `hub.toml` or a hub id. Raises ZooError, in one line, for an
     unknown name, missing or damaged weights, a wrong hash, and for a hub id where there is no network.

@@ -325,9 +325,9 @@ def test_crops_depend_on_their_generator_alone() -> None:
 def drawer(monkeypatch: pytest.MonkeyPatch):
     """What the last stage draws: `draw(generator)` for these latents."""
 
-    def make(latents: recipe.Latents):
+    def make(latents: recipe.Latents, details: torch.Tensor | None = None):
         monkeypatch.setattr(recipe, "fit", lambda net, draw, loss, **options: draw)
-        return recipe.train_unet(latents, nets.TextToLatent(nets.unet((8, 8)), nets.text_encoder(10, 1)))
+        return recipe.train_unet(latents, nets.TextToLatent(nets.unet((8, 8)), nets.text_encoder(10, 1)), details)
 
     return make
 
@@ -342,7 +342,8 @@ def some_latents(n: int = 3) -> recipe.Latents:
 def test_the_last_stage_sees_posteriors_their_prompts_and_empty_ones(drawer) -> None:
     draw_batch, n = drawer(some_latents()), 40 * recipe.UNET["batch"]
     parts = [draw_batch(torch.Generator().manual_seed(seed)) for seed in range(40)]
-    x0, sigma, eps, ids = (torch.cat(part) for part in zip(*parts, strict=True))
+    x0, sigma, eps, ids, weight = (torch.cat(part) for part in zip(*parts, strict=True))
+    assert bool((weight == 1).all())
     assert x0.shape == eps.shape == (n, 4, 8, 8) and sigma.shape == (n,) and ids.shape == (n, nets.LENGTH)
     empty = ids[:, 0] == 0
     assert abs(float(empty.float().mean()) - 0.1) < SE * (0.1 * 0.9 / n) ** 0.5
@@ -354,6 +355,17 @@ def test_the_last_stage_sees_posteriors_their_prompts_and_empty_ones(drawer) -> 
     assert abs(float(noise.var()) - 1) < SE * (2 / numbers) ** 0.5
     assert abs(float((noise * eps[~empty]).mean())) < SE / numbers**0.5  # two noises, not one
     assert torch.equal(sigma.unique(), torch.cat([part[1] for part in parts]).unique()) and bool((sigma > 0).all())
+
+
+def test_a_run_that_goes_on_weighs_the_objects_where_they_are_seen(drawer) -> None:
+    """The weights of each latent's own row below DETAILS['below'], and 1 above."""
+    details = 2 + torch.arange(3.0)[:, None, None, None].expand(3, 1, 8, 8)
+    draw_batch = drawer(some_latents(), details)
+    _, sigma, _, ids, weight = draw_batch(torch.Generator().manual_seed(5))
+    seen, named = sigma < recipe.DETAILS["below"], ids[:, 0] > 0
+    assert 5 < int(seen.sum()) < len(seen) - 5 and bool((weight[~seen] == 1).all())
+    both = seen & named
+    assert torch.equal(weight[both, 0, 0, 0], 2.0 + (ids[both, 0] - 100) // 10)
 
 
 def test_noise_levels_are_drawn_one_in_each_stratum(drawer, monkeypatch: pytest.MonkeyPatch) -> None:
