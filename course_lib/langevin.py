@@ -33,8 +33,8 @@ def langevin(
     z = noise(x)
     above, below = (v.flatten(1).norm(dim=1) for v in (z, score))  # (B,)
     ratio = above.mean() / below.mean() if shared else above / below
-    e = right(2 * snr**2 * float64(alpha), x) * right(ratio**2, x)
-    return torch.where(right(sigma, x) > 0, x + e * score + (2 * e).sqrt() * z, x)
+    e = torch.where(right(sigma, x) > 0, right(2 * snr**2 * float64(alpha), x) * right(ratio**2, x), 0.0)
+    return torch.addcmul(torch.addcmul(x, e, score), (2 * e).sqrt(), z)
 
 
 def predictor_corrector(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from course_lib.integrals import log_step, noise_in, ratio
@@ -37,12 +38,12 @@ def heun(D: Denoiser, x: Tensor, sigma: Tensor, sigma_next: Tensor, memory: Any 
     Order 2, two evaluations; Euler's step x' = x^ where sigma' = 0, as in Algorithm 1, with one.
     """
     d = noise_in(x, D(x, sigma), sigma)
-    length = right(sigma_next - sigma, x)
-    x_next = x + length * d
+    length = sigma_next - sigma
+    x_next = torch.addcmul(x, right(length, x), d)
     if not bool((sigma_next > 0).any()):
         return x_next, None
     change = noise_in(x_next, D(x_next, sigma_next), sigma_next) - d
-    return x_next + length * right(_inside(sigma_next) / 2, x) * change, None
+    return torch.addcmul(x_next, right(length * _inside(sigma_next) / 2, x), change), None
 
 
 def dpm_solver_2(r1: float = 0.5) -> Step:

@@ -31,7 +31,7 @@ def ddim(D: Denoiser, x: Tensor, sigma: Tensor, sigma_next: Tensor, memory: Any 
     x' = x0 + sigma' eps,  x0 = D(x, sigma),  eps = (x - x0) / sigma
     """
     x0 = D(x, sigma)
-    return x0 + right(ratio(sigma, sigma_next), x) * (x - x0), None
+    return torch.lerp(x0, x, right(ratio(sigma, sigma_next), x)), None  # x0 + (sigma' / sigma) (x - x0), one pass over x
 
 
 def ddim_eta(eta: float, noise: Noise) -> Step:

@@ -38,7 +38,15 @@ from course_lib.gaussians import Mixture
 from course_lib.likelihood import bound_gap, variational_bound
 from course_lib.nets.mlp import MLP
 from course_lib.sample import Trajectory, sample
-from course_lib.schedules import Discrete, equal_information, karras, linear_betas, uniform
+from course_lib.schedules import (
+    Discrete,
+    equal_information,
+    exponential,
+    karras,
+    leading,
+    linear_betas,
+    uniform,
+)
 from course_lib.training import EMA, denoising_loss, edm_weight, fit
 from course_lib.types import right
 from course_lib.worlds import digits, toys
@@ -180,7 +188,7 @@ def exact_eps(x_t, t):
 
 x_T = SampleNoise(5)(torch.empty(2000, 2, dtype=F64))
 paper = algorithm_2(exact_eps, x_T, betas, SampleNoise(6))
-levels = torch.cat([table.sigma(torch.arange(99, -1, -1)), torch.zeros(1, dtype=F64)])
+levels = leading(table, 100)
 ours = sample(
     blobs.denoiser, x_T / table.alpha(torch.tensor(99.0)), levels, steps.ddpm(SampleNoise(6))
 )
@@ -733,8 +741,8 @@ def ddpm_levels(T):
 
 grids = {
     "even in log(1 + 1/σ²), to 0.1": lambda T: equal_information(T, 0.1),
-    "even in log σ, to 0.1": lambda T: torch.logspace(math.log10(80), -1, T, dtype=F64),
-    "Karras, to 0.1": lambda T: karras(T, 0.1, 80.0)[:-1],
+    "even in log σ, to 0.1": lambda T: exponential(T - 1, 0.1, 80.0, to_zero=False),
+    "Karras, to 0.1": lambda T: karras(T - 1, 0.1, 80.0, to_zero=False),
     "DDPM's linear table, to 0.1": lambda T: ddpm_levels(T)[ddpm_levels(T) > 0.1],
     "DDPM's linear table, all of it": ddpm_levels,
 }

@@ -24,7 +24,7 @@ from torch import Tensor
 from course_lib.denoisers import discrete_of, from_eps
 from course_lib.multistep import dpm_solver_pp_2m, dpm_solver_pp_3m, plms, unipc
 from course_lib.sample import sample
-from course_lib.schedules import Discrete, Schedule, linear_betas, scaled_linear_betas
+from course_lib.schedules import Discrete, Schedule, exponential, linear_betas, scaled_linear_betas
 from course_lib.singlestep import dpm_solver_3
 from course_lib.worlds.toys import three_blobs
 from tests.draws import normal
@@ -68,7 +68,7 @@ def edm_errors(order: int, step, n: int, exact_steps: int) -> tuple[float, float
     high, low = 3.0, 0.15
     scheduler = EDMDPMSolverMultistepScheduler(solver_order=order, lower_order_final=False)
     scheduler.set_timesteps(n + 1)
-    levels = torch.linspace(math.log(high), math.log(low), n + 1, dtype=F64).exp()
+    levels = exponential(n, low, high, to_zero=False)
     scheduler.sigmas = torch.cat([levels, torch.zeros(1, dtype=F64)])  # its own last step, to 0, is not taken
     scheduler.set_begin_index(0)
     x = found = start = start_at(levels[0])
@@ -161,7 +161,7 @@ def test_unipc_lowers_its_order_at_any_number_of_steps():
         errors[lowered] = error(run.x, x, levels[0], levels[-1])
     assert error(sample(BLOBS.denoiser, x, levels, unipc(3)), x, levels[0], levels[-1]) == pytest.approx(errors[False], rel=1e-6)
     assert 2 * errors[True] < errors[False]
-    even = torch.linspace(math.log(levels[0]), math.log(levels[-1]), 41, dtype=F64).exp()
+    even = exponential(40, float(levels[-1]), float(levels[0]), to_zero=False)
     assert error(sample(BLOBS.denoiser, x, even, unipc(3)), x, even[0], even[-1]) < errors[True]
 
 

@@ -22,7 +22,7 @@ from diffusers import (
 from course_lib.denoisers import discrete_of, from_edm, from_eps, from_v
 from course_lib.langevin import langevin, predictor_corrector
 from course_lib.sample import sample
-from course_lib.schedules import Discrete
+from course_lib.schedules import Discrete, exponential
 from course_lib.steps import ddim_eta
 from course_lib.stochastic import dpm_solver_pp_sde_2m, dpm_solver_sde, edm_stochastic, reverse_diffusion
 from tests.draws import normal
@@ -329,7 +329,7 @@ def time_of(i: int, levels: torch.Tensor) -> float:
 
 def test_score_sde_predictor_runs(monkeypatch):
     """Reverse diffusion along 50 levels and from the last one to 0, in float64."""
-    levels = torch.linspace(math.log(50), math.log(0.01), 50, dtype=F64).exp()
+    levels = exponential(49, 0.01, 50.0, to_zero=False)
     theirs, noise = ve_scheduler(levels), Recorded((4, 3), 50)
     serve(monkeypatch, "scheduling_sde_ve", noise)
     start = x = 50 * normal(4, 3)

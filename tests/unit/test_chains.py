@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from course_lib.chains import chain_density, line, wasserstein
 from course_lib.gaussians import Mixture
-from course_lib.schedules import EDM
+from course_lib.schedules import karras
 from course_lib.worlds.toys import three_blobs, two_peaks
 
 F64 = torch.float64
@@ -17,7 +17,7 @@ COARSE = torch.tensor([12.0, 7.0, 4.0, 2.5, 1.5, 1.0, 0.7, 0.5, 0.35], dtype=F64
 
 
 def grid_of(n: int) -> torch.Tensor:
-    return EDM(0.05, 80.0).sigma(torch.linspace(1, 0, n + 1, dtype=F64))
+    return karras(n, 0.05, 80.0, to_zero=False)
 
 
 def kernel_of(sigma: float, sigma_next: float, variance: str) -> tuple[float, float]:

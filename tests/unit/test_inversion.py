@@ -22,7 +22,7 @@ HIGH, LOW = 15.0, 0.02
 
 def levels(n: int) -> torch.Tensor:
     """n steps from HIGH down to LOW."""
-    return karras(n + 1, LOW, HIGH)[:-1]
+    return karras(n, LOW, HIGH, to_zero=False)
 
 
 def round_trip(D, x, n, step):

@@ -10,7 +10,7 @@ from course_lib.gaussians import Mixture
 from course_lib.langevin import langevin, predictor_corrector
 from course_lib.metrics import sliced_wasserstein, sliced_wasserstein_floor
 from course_lib.sample import sample
-from course_lib.schedules import EDM
+from course_lib.schedules import karras
 from course_lib.steps import ddim, ddpm
 from course_lib.stochastic import dpm_solver_pp_sde_2m, reverse_diffusion
 from course_lib.worlds.toys import three_blobs
@@ -91,7 +91,7 @@ def test_corrections_repair_a_coarse_predictor():
 
     def distance(corrections: int, shared: bool = True, loud: float = 1.0) -> float:
         x = mixture.sample(n, torch.Generator().manual_seed(7), 20.0)
-        grid = EDM(low, 20.0).sigma(torch.linspace(1, 0, 13, dtype=F64))
+        grid = karras(12, low, 20.0, to_zero=False)
 
         def corrected(D, x, sigma, sigma_next, memory=None):
             x, _ = reverse_diffusion(first)(D, x, sigma, sigma_next)

@@ -14,7 +14,7 @@ from torch.testing import assert_close
 from course_lib import metrics
 from course_lib.gaussians import Mixture
 from course_lib.likelihood import bound_gap, variational_bound
-from course_lib.schedules import Discrete, equal_information, karras, linear_betas
+from course_lib.schedules import Discrete, equal_information, exponential, karras, linear_betas
 from course_lib.worlds.toys import three_blobs
 
 SE = 4.5  # standard errors
@@ -55,8 +55,8 @@ def entropy(data: Mixture) -> float:
 
 GRIDS = {
     "even in log(1 + 1 / sigma^2)": grid_of,
-    "even in log sigma": lambda T: torch.linspace(math.log(80), math.log(0.1), T, dtype=F64).exp(),
-    "Karras": lambda T: karras(T, 0.1, 80.0)[:-1],
+    "even in log sigma": lambda T: exponential(T - 1, 0.1, 80.0, to_zero=False),
+    "Karras": lambda T: karras(T - 1, 0.1, 80.0, to_zero=False),
     "DDPM's table": lambda T: Discrete(linear_betas(T)).sigma(torch.arange(T, dtype=F64).flip(0)),
 }
 

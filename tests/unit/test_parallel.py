@@ -23,7 +23,7 @@ BLOBS = three_blobs()
 
 def grid(n=STEPS):
     """n steps of Karras's grid, without one to 0."""
-    return karras(n + 1, LOW, HIGH)[:-1]
+    return karras(n, LOW, HIGH, to_zero=False)
 
 
 def start(rows=32, seed=1):

@@ -205,7 +205,7 @@ def test_round_trip(name):
     grid, |error| < 0.03, which all keep, and 1e-3 for rules of second order and higher.
     """
     gaussian = Mixture.gaussian(torch.tensor([0.5, -1.0]), torch.tensor([[0.5, 0.2], [0.2, 0.3]]))
-    rising = EDM(0.05, 5.0).sigma(torch.linspace(0, 1, 201, dtype=F64))
+    rising = karras(200, 0.05, 5.0, to_zero=False).flip(0)
     x = gaussian.sample(16, torch.Generator().manual_seed(0), 0.05)
     up = sample(gaussian.denoiser, x, rising, RULES[name].make())
     back = sample(gaussian.denoiser, up, rising.flip(0), RULES[name].make())

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 from course_lib.metrics import sliced_wasserstein, sliced_wasserstein_floor
 from course_lib.sample import sample
-from course_lib.schedules import EDM
+from course_lib.schedules import karras
 from course_lib.steps import ddpm
 from course_lib.stochastic import dpm_solver_pp_sde_2m, dpm_solver_sde, edm_stochastic, reverse_diffusion
 from course_lib.types import right
@@ -169,7 +169,7 @@ def response(make, D, n: int, at: float = 0.0) -> tuple[float, torch.Tensor]:
     With a denoiser that is linear in x - `at`, the end is at + a (x - at) + sum_k w_k z_k. One run of a batch finds all: row 0
     is driven by nothing, row 1 by x - at = 1, row k + 2 by z_k = 1. The run is `sample` itself, memory included.
     """
-    grid = EDM(LOW, HIGH).sigma(torch.linspace(1, 0, n + 1, dtype=F64))
+    grid = karras(n, LOW, HIGH, to_zero=False)
     calls = []
     sample(D, torch.zeros(1, 1, dtype=F64), grid, make(lambda x: (calls.append(1), 0 * x)[1], n))
     drawn = iter(range(len(calls)))
@@ -298,7 +298,7 @@ def test_ends_on_the_blobs(name):
         source = torch.Generator().manual_seed(8)
         noise = lambda x: torch.randn(x.shape, generator=source, dtype=F64) * loud
         x = mixture.sample(n, torch.Generator().manual_seed(7), HIGH)
-        grid = EDM(LOW, HIGH).sigma(torch.linspace(1, 0, k + 1, dtype=F64))
+        grid = karras(k, LOW, HIGH, to_zero=False)
         return sliced_wasserstein(sample(mixture.denoiser, x, grid, make(noise, k)), exact)
 
     assert distance(steps) < floor + SE * spread
