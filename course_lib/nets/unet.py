@@ -6,11 +6,15 @@ mirror image, each block also fed the kept result of its level. Time and class e
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from course_lib.nets.embedding import TimeEmbedding
+
+Layer = TypeVar("Layer", nn.Conv2d, nn.Linear)
 
 
 def groups(channels: int) -> nn.GroupNorm:
@@ -18,7 +22,7 @@ def groups(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(8, channels)
 
 
-def zero(layer: nn.Conv2d) -> nn.Conv2d:
+def zero(layer: Layer) -> Layer:
     """Set a layer to zero, so that what it ends starts as the identity."""
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
@@ -139,6 +143,16 @@ class UNet(nn.Module):
             null = torch.full((n,), self.classes, device=emb.device)
             emb = emb + self.label(null if label is None else label)
         return emb
+
+    def check_condition(self, label: Tensor | None = None) -> None:
+        """Raise ValueError for a label that is no class of this network, or any label where it has no classes."""
+        if label is None:
+            return
+        if self.label is None:
+            raise ValueError("label was given to a network without classes; expected none, or a model that was trained with them")
+        wrong = label[(label < 0) | (label > self.classes)].flatten()
+        if len(wrong):
+            raise ValueError(f"label = {int(wrong[0])}; expected from 0 to {self.classes - 1}, or {self.classes} for no class")
 
     def forward(self, x: Tensor, time: Tensor, label: Tensor | None = None) -> Tensor:
         if x.shape[-1] % self.factor or x.shape[-2] % self.factor:

@@ -43,8 +43,8 @@ def test_pictures_show_what_was_asked(card) -> None:
     prompts = card["metrics"]["prompts"]
     one, held_out, two = (prompts[name] for name in ("one object", "one object, held-out combination", "two objects"))
     assert one["ratio"] >= 0.97
-    assert held_out["obeyed"]["all"] >= 0.82 and held_out["ratio"] >= 0.92
-    assert two["obeyed"]["all"] >= 0.67 and two["obeyed"]["relation"] >= 0.99 and two["obeyed"]["view"] >= 0.5
+    assert held_out["obeyed"]["all"] >= 0.87 and held_out["ratio"] >= 0.97
+    assert two["obeyed"]["all"] >= 0.71 and two["obeyed"]["relation"] >= 0.99 and two["obeyed"]["view"] >= 0.55
     for row in prompts.values():
         assert row["plain_wording"] - row["obeyed"]["all"] <= 0.03  # synonyms and word order
         apart = row["obeyed"]["all"] - row["obeyed_by_second_reader"]
