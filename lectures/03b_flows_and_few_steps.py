@@ -9,18 +9,20 @@
 # %% [markdown] slideshow={"slide_type": "slide"}
 # # 03b Flows and few steps
 #
-# **When no solver is fast enough: straighter paths, steps that choose their length, and steps taken side by side.** Lecture 03 took the model as it is and solved its flow well. Here the flow itself is changed, or the order in which the work is done.
+# **When no solver is fast enough: straighter paths, students that take long steps, steps that choose their length, and steps taken side by side.** Lecture 03 took the model as it is and solved its flow well. Here the flow itself is changed, or the model, or the order in which the work is done.
 #
 # After it you can
 #
 # - train a flow by matching velocities, and say why it is the flow of lecture 03 in another time;
 # - straighten a flow by *reflow*, measure how straight it is, and say what was lost;
+# - distil a sampler of 64 steps into one of four, two and one, in two ways, and name what makes each of them work;
 # - let a solver choose the lengths of its steps, and run many steps at once;
 # - say what DDIM holds constant, and what takes its place where noise is a matrix.
 #
-# You need lecture 03. Time: 45 minutes. Everything runs on a laptop, with no network.
+# You need lecture 03. Time: 60 minutes. Everything runs on a laptop, with no network.
 
 # %%
+import copy
 import itertools
 import math
 
@@ -29,22 +31,36 @@ import torch
 
 from course_lib import metrics, study, zoo
 from course_lib.adaptive import sample_adaptive
+from course_lib.denoisers import from_edm
 from course_lib.devices import SampleNoise, generator
+from course_lib.distillation import (
+    Followed,
+    consistency_distillation,
+    consistency_loss,
+    from_consistency,
+    progressive_round,
+    truncated_snr,
+    two_step_target,
+)
 from course_lib.flows import flow_grid, flow_paths, reflow_pairs, straightness, velocity
 from course_lib.gaussians import Mixture
 from course_lib.gddim import CLD, gddim
+from course_lib.nets.mlp import MLP
 from course_lib.parallel import sample_parallel
 from course_lib.sample import sample
 from course_lib.schedules import karras
 from course_lib.steps import ddim, ddpm
-from course_lib.training import denoising_loss
+from course_lib.training import denoising_loss, fit
+from course_lib.types import right as to_right
 from course_lib.worlds import digits, toys
+from course_lib.zoo.recipes import digits_students
 
 torch.set_num_threads(1)  # tiny tensors are faster on one thread
 study.use()
 F64 = torch.float64
 HIGH, LOW = 15.0, 0.02
 blobs = toys.three_blobs()
+square = (-2.9, 2.9, -2.9, 2.9)
 D = zoo.load("digits", device="cpu")  # small enough that a GPU would not help
 
 
@@ -82,7 +98,7 @@ for ax, (part, n) in zip(
     axes, (("first", 100), ("first", 1), ("reflowed", 100), ("reflowed", 1)), strict=True
 ):
     _, paths = flow_paths(trained[0][part], z, n, ddim)
-    study.density(ax, blobs.log_prob, (-2.9, 2.9, -2.9, 2.9))
+    study.density(ax, blobs.log_prob, square)
     ax.plot(*paths.permute(2, 0, 1), color=study.COLOURS["muted"], linewidth=0.7)
     study.scatter(ax, paths[0], colour=study.COLOURS["noise"], size=6)
     study.scatter(ax, paths[-1], colour=study.COLOURS["model"], size=6)
@@ -160,7 +176,7 @@ z = torch.randn(40, 2, generator=generator(33))
 fig, axes = plt.subplots(1, 2, figsize=(7.6, 4.2), sharey=True)
 for ax, part in zip(axes, ("first", "reflowed"), strict=True):
     times, paths = flow_paths(trained[0][part], z, 100)
-    study.density(ax, blobs.log_prob, (-2.9, 2.9, -2.9, 2.9))
+    study.density(ax, blobs.log_prob, square)
     ax.plot(*paths.permute(2, 0, 1), color=study.COLOURS["muted"], linewidth=0.8)
     study.scatter(ax, paths[0], colour=study.COLOURS["noise"], size=9, label="noise")
     study.scatter(ax, paths[-1], colour=study.COLOURS["model"], size=9, label="its end")
@@ -218,6 +234,201 @@ for seed in range(3):
     assert off["shuffled"][seed][0] > 0.9 * off["first"][seed][0]
 plt.show()
 
+
+# %% [markdown] slideshow={"slide_type": "slide"}
+# ## Fewer calls than any solver: students
+#
+# A solver takes the network as it is. A *student* is a network that is trained to make long steps. Two ways, both taught by the flow of the model that is there.
+#
+# **Progressive distillation** (Salimans and Ho 2022). What would $D$ have to say at $x$, so that *one* DDIM step from $\sigma$ to $\sigma''$ lands where *two* of the teacher's do, by way of $\sigma'$? DDIM keeps $x_0$ and shrinks the rest, $x''=\tilde x+\rho\,(x-\tilde x)$ with $\rho=\sigma''/\sigma$. Solve it for $\tilde x$:
+#
+# $$\boxed{\;\tilde x=\frac{x''-\rho\,x}{1-\rho},\qquad x''=\text{two steps of the teacher from }x\;}$$
+#
+# The student learns $\tilde x$ by the usual loss, at the levels of its own grid and nowhere else. Then it is the next teacher: $64\to32\to16\to8\to4\to2\to1$ steps. The equation as code, and its check: the target, put into one step, is the two steps.
+
+# %%
+study.source(two_step_target)
+
+# %%
+three = torch.tensor([9.0, 3.0, 1.0], dtype=F64)
+x = blobs.sample(200, generator(40), float(three[0]))
+target = two_step_target(blobs.denoiser, x, *three)
+once, _ = ddim(lambda x, sigma: target, x, three[0], three[2])
+twice = sample(blobs.denoiser, x, three)
+assert apart(once, twice) < 1e-12 and apart(target, blobs.denoiser(x, three[0])) > 0.1
+print("one step with the target is two steps with D")
+
+# %% [markdown] slideshow={"slide_type": "slide"}
+# **Consistency distillation** (Song et al. 2023). Aim at the end at once: $f(x,\sigma)$ is the point at $\sigma_{\min}$ of the path of the flow that runs through $x$. Nobody knows that point, but two neighbours on one path have the *same* one:
+#
+# $$\boxed{\;\min_\theta\ \mathbb E\;d\Big(f_\theta(x,\sigma),\ f_{\theta^-}(\hat x,\sigma')\Big),\qquad \hat x=\text{one step of the teacher's flow from }x\text{ to }\sigma'\;}$$
+#
+# $\theta^-$ follows $\theta$ as a moving average, without gradients; $d$ is a distance. At $\sigma_{\min}$ the end is $x$ itself, and $f=c_{\text{skip}}\,x+c_{\text{out}}\,F_\theta$ has $c_{\text{out}}(\sigma_{\min})=0$ to hold that for every network: truth enters there, and spreads from neighbour to neighbour up to $\sigma_{\max}$. More than one call helps: raise the noise again, and go to the end once more.
+#
+# Two networks, then, with two meanings. A progressive student is a denoiser that is right for the steps of its own grid, and any other grid is none of its business; the consistency function is no denoiser at all. Called at $\sigma_{\max}$ once, $D$ gives the mean of everything, $f$ a sample.
+
+# %% [markdown] slideshow={"slide_type": "slide"}
+# ### Experiment: what defines each method, left out
+#
+# A small network on the blobs, whose exact $D$ is the teacher. *Progressive*, 16 to 8 to 4 steps; without its two steps, the target is what the teacher says at the student's levels. *Consistency*, one call; without the path, the neighbour at $\sigma'$ has the same $x_0$ and noise of its own. As many steps of training each. *Claim*: each is useless without.
+
+# %%
+coarse, ROUND = karras(16, 0.02, HIGH), 250
+fast = {"lr": 5e-3, "half": False, "progress": False, "ema_decay": 0.99}
+
+
+def points(source):
+    """A batch: points of the blobs and noise."""
+    return blobs.sample(128, source).float(), torch.randn(128, 2, generator=source)
+
+
+def as_denoiser(net):
+    return from_edm(net, 1.1)
+
+
+def as_consistency(net):
+    return from_consistency(net, 1.1, 0.02)
+
+
+def progressive():
+    net, teacher, sigmas = MLP(2, 64, 2), blobs.denoiser, coarse
+    for _ in range(2):  # 16 -> 8 -> 4
+        run = progressive_round(
+            lambda D=teacher: D, net, as_denoiser, points, sigmas, steps=ROUND, **fast
+        )
+        net, sigmas = copy.deepcopy(run.net).requires_grad_(True), sigmas[::2]
+        teacher = as_denoiser(run.net)
+    return teacher
+
+
+def without_two_steps():
+    def loss(net, x0, eps, k):
+        sigma = coarse[::4][k]
+        x = x0 + to_right(sigma, x0) * eps
+        gap = as_denoiser(net)(x, sigma) - blobs.denoiser(x, sigma)
+        return truncated_snr(sigma) * gap.square().mean(1)
+
+    batch = lambda source: (*points(source), torch.randint(4, (128,), generator=source))
+    return as_denoiser(fit(MLP(2, 64, 2), batch, loss, steps=2 * ROUND, **fast).net)
+
+
+def consistency():
+    options = {"c": 0.01, "steps": 2 * ROUND, **fast}
+    run = consistency_distillation(
+        lambda: blobs.denoiser, MLP(2, 64, 2), as_consistency, points, coarse[:-1], **options
+    )
+    return as_consistency(run.net)
+
+
+def without_the_path():
+    def loss(net, x0, eps, k, other):
+        f = as_consistency(net)
+        anew = lambda D, x, s, s_next, memory=None: (x0 + to_right(s_next, x0) * other, None)
+        follower = f.given(follower=True)
+        return consistency_loss(
+            f, follower, blobs.denoiser, x0, eps, k, coarse[:-1], c=0.01, step=anew
+        )
+
+    def batch(source):
+        k = torch.randint(len(coarse) - 2, (128,), generator=source)
+        return *points(source), k, torch.randn(128, 2, generator=source)
+
+    return as_consistency(
+        fit(Followed(MLP(2, 64, 2)), batch, loss, steps=2 * ROUND, **fast).net.net
+    )
+
+
+at_four, at_once = coarse[::4], torch.tensor([HIGH, 0.0])
+RUNS = {  # name: (what to call, grid)
+    "DDIM, 4 steps": (lambda: blobs.denoiser, at_four),
+    "progressive, 4": (progressive, at_four),
+    "… without two steps": (without_two_steps, at_four),
+    "consistency, 1 call": (consistency, at_once),
+    "… without the path": (without_the_path, at_once),
+}
+begin = HIGH * torch.randn(2000, 2, generator=generator(41))
+real = blobs.sample(2000, generator(42))
+fig, axes = plt.subplots(1, 5, figsize=(9.2, 2.5))
+distances = {}
+for ax, (name, (make, grid)) in zip(axes, RUNS.items(), strict=True):
+    torch.manual_seed(0)
+    cloud = sample(make(), begin, grid)
+    distances[name] = metrics.sliced_wasserstein(cloud, real)
+    study.density(ax, blobs.log_prob, square)
+    study.scatter(ax, cloud[:300], colour=study.COLOURS["warn" if "…" in name else "model"], size=4)
+    ax.set(xlim=square[:2], ylim=square[2:], xticks=(), yticks=(), xlabel="", ylabel="")
+    ax.set_title(f"{name}\n{distances[name]:.2f}", fontsize=11)
+assert distances["progressive, 4"] < distances["… without two steps"] / 2
+assert distances["consistency, 1 call"] < distances["… without the path"] / 2
+plt.show()
+
+# %% [markdown]
+# The number is the sliced Wasserstein distance; 16 steps of DDIM are at 0.05. Without its two steps the student is where DDIM with four steps is: it can only repeat what the teacher says there. Without the path the end of a point is not known, and the best guess is the mean of all ends. Over three seeds: see `tests/unit/test_distillation.py`.
+
+# %% [markdown] slideshow={"slide_type": "slide"}
+# ### On digits
+#
+# Teacher: the course's `digits`, 64 steps of DDIM. Its students are changes of low rank to its weights (LoRA, 0.4 MB each). All rows start from the same noise. The progressive students follow the teacher's own path, and so draw *its* digit; the consistency function follows the exact flow, and from the second call on it has noise of its own.
+
+# %%
+few, once_to_the_end = (
+    zoo.load("digits-progressive", device="cpu"),
+    zoo.load("digits-consistency", device="cpu"),
+)
+asked = {"label": torch.arange(10)}
+ten = D.given(**asked)
+noise_of_ten = SampleNoise(4).start((10, *digits.SHAPE), HIGH)
+rows = {
+    "teacher, 64 steps": sample(ten, noise_of_ten, digits_students.grid(64)),
+    "teacher, 4": sample(ten, noise_of_ten, digits_students.grid(4)),
+}
+for n in (4, 2, 1):
+    rows[f"progressive, {n}"] = sample(few[n].given(**asked), noise_of_ten, digits_students.grid(n))
+for n in (2, 1):
+    again = digits_students.consistency(SampleNoise(43))
+    rows[f"consistency, {n}"] = sample(
+        once_to_the_end.given(**asked), noise_of_ten, digits_students.levels(n), again
+    )
+off = {
+    name: float((row - rows["teacher, 64 steps"]).square().mean().sqrt())
+    for name, row in rows.items()
+}
+assert off["progressive, 4"] < off["teacher, 4"] / 2
+study.strip([list(row) for row in rows.values()], row_titles=list(rows), scale=3)
+
+# %% [markdown] slideshow={"slide_type": "slide"}
+# How good are they as a set? The cards of the zoo hold the Fréchet distance of 1,797 samples (lecture 02) to the 1,797 real digits, against the number of calls. As many real digits, drawn with replacement, give the dotted line: nothing can be seen below it. *Claim*: in four calls the consistency function is nearer than its teacher in 64, and the progressive student within a fifth of it.
+
+# %%
+progressive_card, consistency_card = (
+    zoo.card(f"digits-{kind}")["metrics"] for kind in ("progressive", "consistency")
+)
+CURVES = {
+    "teacher, DDIM": (progressive_card["teacher"], "o-", "muted"),
+    "progressive": (progressive_card["student"], "s-", "model"),
+    "consistency": (consistency_card["student"], "^-", "noise"),
+}
+fig, ax = plt.subplots(figsize=(6.6, 3.8))
+for name, (card, mark, colour) in CURVES.items():
+    calls = sorted(map(int, card))
+    found = [card[str(n)]["frechet"] for n in calls]
+    ax.loglog(calls, found, mark, color=study.COLOURS[colour], label=name)
+    print(f"{name:14s}", ", ".join(f"{n}: {gap:.4f}" for n, gap in zip(calls, found, strict=True)))
+ax.axhline(progressive_card["frechet_floor"], color="black", linestyle=":", label="real digits")
+ax.set(xlabel="network calls", ylabel="Fréchet distance")
+ax.set_xticks((1, 2, 4, 20, 64), ("1", "2", "4", "20", "64"))
+ax.minorticks_off()
+ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+low, high = progressive_card["frechet_4_over_64_interval"]
+print(
+    f"4 steps over 64: {progressive_card['frechet_4_over_64']:.3f}, interval {low:.3f} to {high:.3f}"
+)
+assert progressive_card["frechet_4_over_64"] <= 1.2
+assert consistency_card["student"]["4"]["frechet"] <= progressive_card["teacher"]["64"]["frechet"]
+for card in (progressive_card, consistency_card):
+    for n, row in card["student"].items():
+        assert row["frechet"] < progressive_card["teacher"][n]["frechet"]
+plt.show()
 
 # %% [markdown] slideshow={"slide_type": "slide"}
 # ## Steps that choose their length
@@ -479,10 +690,29 @@ assert walked["reflowed", "DDPM"] > 3 * max(walked["first", "DDPM"], walked["ref
 # %% [markdown]
 # Reflow has its price: the second model learns from the samples of the first, and keeps its faults; the pairs cost a run of the first model each. In return the result is still a flow: it has an inverse and a likelihood, which a student distilled to one step has not.
 
+# %% [markdown]
+# **A student off its grid.** A progressive student knows the levels of its own grid and no others. In eight steps, on a finer grid than it was taught, the student of four is *worse* than in its own four, where every solver of lecture 03 gains:
+
+# %%
+own, finer = digits_students.grid(4), digits_students.grid(8)
+student = few[4].given(**asked)
+target = rows["teacher, 64 steps"]
+at_home, abroad = (
+    float((sample(student, noise_of_ten, grid) - target).square().mean().sqrt())
+    for grid in (own, finer)
+)
+plain = [
+    float((sample(ten, noise_of_ten, grid) - target).square().mean().sqrt())
+    for grid in (own, finer)
+]
+print(f"student: {at_home:.3f} from the teacher's digits in 4 steps, {abroad:.3f} in 8")
+print(f"teacher: {plain[0]:.3f} in 4 steps, {plain[1]:.3f} in 8")
+assert abroad > at_home and plain[1] < plain[0]
+
 # %% [markdown] slideshow={"slide_type": "slide"}
 # ## The same on Stable Diffusion
 #
-# InstaFlow is a Stable Diffusion that was reflowed; it loads like any other, with one name changed. What needs no training is parallel sampling; here on Stable Diffusion 1.5 where its weights are, else on the course's `mini-sd`: one picture in 25 steps, guidance and all, in turn and side by side.
+# Few-step models of the large kind are made in these ways: SDXL-Turbo and LCM by distillation, InstaFlow by reflow. They load like any other, with one name changed. What needs no training is parallel sampling; here on Stable Diffusion 1.5 where its weights are, else on the course's `mini-sd`: one picture in 25 steps, guidance and all, in turn and side by side.
 
 # %%
 from IPython.display import display
@@ -526,6 +756,7 @@ else:
 #
 # - Flow matching learns the mean velocity of straight lines from noise to data. It is the probability flow of lecture 03 in the time $t=\sigma/(1+\sigma)$, and $D$ and $v$ say the same.
 # - Reflow trains again on the flow's own pairs: paths become straight, one step does what many did. It has no score any more.
+# - A progressive student learns where two steps of its teacher lead, again and again. A consistency function learns that neighbours on a path have one end, and what holds it to the truth is its boundary.
 # - Adaptive steps serve one picture at a time; parallel steps trade work for waiting and change nothing in the result.
 # - A step is as long as what it holds constant *is* constant. Choose that well before you choose the rule.
 #
@@ -536,7 +767,12 @@ else:
 # - Y. Lipman, R. Chen, H. Ben-Hamu, M. Nickel, M. Le. *Flow Matching for Generative Modeling.* 2023. arXiv:2210.02747
 # - X. Liu, C. Gong, Q. Liu. *Flow Straight and Fast: Learning to Generate and Transfer Data with Rectified Flow.* 2023. arXiv:2209.03003
 # - X. Liu, X. Zhang, J. Ma, J. Peng, Q. Liu. *InstaFlow: One Step is Enough for High-Quality Diffusion-Based Text-to-Image Generation.* 2024. arXiv:2309.06380
+# - T. Salimans, J. Ho. *Progressive Distillation for Fast Sampling of Diffusion Models.* 2022. arXiv:2202.00512
+# - Y. Song, P. Dhariwal, M. Chen, I. Sutskever. *Consistency Models.* 2023. arXiv:2303.01469
+# - Y. Song, P. Dhariwal. *Improved Techniques for Training Consistency Models.* 2024. arXiv:2310.14189 (the distance)
+# - E. Hu et al. *LoRA: Low-Rank Adaptation of Large Language Models.* 2022. arXiv:2106.09685
 # - A. Jolicoeur-Martineau, K. Li, R. Piché-Taillefer, T. Kachman, I. Mitliagkas. *Gotta Go Fast When Generating Data with Score-Based Models.* 2021. arXiv:2105.14080
 # - A. Shih, S. Belkhale, S. Ermon, D. Sadigh, N. Anari. *Parallel Sampling of Diffusion Models.* 2023. arXiv:2305.16317
 # - Q. Zhang, M. Tao, Y. Chen. *gDDIM: Generalized denoising diffusion implicit models.* 2023. arXiv:2206.05564
 # - T. Dockhorn, A. Vahdat, K. Kreis. *Score-Based Generative Modeling with Critically-Damped Langevin Diffusion.* 2022. arXiv:2112.07068
+# - A. Sauer, D. Lorenz, A. Blattmann, R. Rombach. *Adversarial Diffusion Distillation.* 2023. arXiv:2311.17042 (SDXL-Turbo). S. Luo et al. *Latent Consistency Models.* 2023. arXiv:2310.04378
