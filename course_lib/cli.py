@@ -63,6 +63,40 @@ def lab(
 
 
 @app.command()
+def demo(
+    numbers: Annotated[list[str] | None, typer.Argument(help="Lectures, for example 02; left out, the demos are listed.")] = None,
+    browser: Annotated[bool, typer.Option(help="Open a browser window.")] = True,
+    port: Annotated[int | None, typer.Option(help="Port to serve on; a free one when left out.")] = None,
+) -> None:
+    """Show lectures' explorers full screen; arrow keys or a presenter's remote move the main slider. Ctrl-C ends it.
+
+    Example: `course demo 02`
+    """
+    from course_lib.stage import demos, server
+
+    if numbers:
+        say = lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True)
+        server.serve(demos.titles(numbers), port=port, browser=browser, say=say)
+        return
+    rows = [[number, one.title, ", ".join(one.explorers)] for number, one in demos.DEMOS.items()]
+    _table("course demo NN", ["lecture", "title", "explorers"], rows)
+
+
+@app.command()
+def slides(
+    number: Annotated[str, typer.Argument(help="A lecture, for example 02.")],
+    out: Annotated[Path | None, typer.Option(help="The file to write; NN_name.slides.html in this folder when left out.")] = None,
+) -> None:
+    """Write a lecture's slides as one file that any browser shows, with no network.
+
+    Example: `course slides 02 --out 02.html`
+    """
+    from course_lib.stage import deck
+
+    console.print(f"written: {deck.write(number, out)}")
+
+
+@app.command()
 def build(
     numbers: Numbers = None,
     check: Annotated[bool, typer.Option("--check", help="Write nothing; report what is missing, edited or stale.")] = False,

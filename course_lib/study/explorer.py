@@ -5,14 +5,19 @@ from __future__ import annotations
 import asyncio
 import base64
 import html
-from collections.abc import Mapping
+import math
+import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import ipywidgets as widgets
+from traitlets import Bool, Int
 
 from course_lib.study import style
 
 PAUSE = 0.02  # s from a change to its redraw, in which the kernel reads the changes that queue behind it
+REST = 0.15  # s that end a burst: ten moves in a second are one, and cost its first redraw and its last
+LONGEST = 1.0  # s from redraw to redraw of a burst that goes on
 
 
 class Panel(widgets.VBox):
@@ -22,14 +27,24 @@ class Panel(widgets.VBox):
     view      the widget that `_show` redraws in place
 
     The view is drawn once here, so set up what `_show` needs first; what it raises then is raised. Later
-    errors appear in one line below the view, which stays. `redraws` counts the redraws after the first.
+    errors appear in one line below the view, which stays. A change is drawn at once; those that follow in a burst are
+    drawn when it ends, or each second while it goes on. `paint(values)` is what a redraw calls, `_show` unless replaced.
+    `redraws` counts the values drawn after the first, `latest` are the newest of them, `seconds` is the time that they
+    took, and `busy` tells that a change waits or is drawn.
     """
 
+    redraws = Int(0)
+    busy = Bool(False)
+
     def __init__(self, controls: Mapping[str, widgets.Widget], view: widgets.Widget):
-        self.controls = dict(controls)
-        self.redraws = 0
+        self.controls, self.view = dict(controls), view
+        self.paint: Callable[[dict[str, Any]], None] = self._show
         self._pending: dict[str, Any] | None = None
         self._waiting: asyncio.AbstractEventLoop | None = None
+        self.latest: dict[str, Any] | None = None
+        self.seconds = 0.0
+        self._moved = self._drawn_at = -math.inf  # s; when a control was moved last, and when a redraw ended last
+        self._due, self._answered = -math.inf, False  # s before which nothing is drawn; whether this burst had a redraw
         self.message = widgets.HTML()
         wrap = widgets.Layout(flex_flow="row wrap")
         super().__init__([widgets.HBox(list(self.controls.values()), layout=wrap), view, self.message])
@@ -51,30 +66,74 @@ class Panel(widgets.VBox):
         """What the controls say now."""
         return {name: control.value for name, control in self.controls.items()}
 
+    @property
+    def main_name(self) -> str | None:
+        """The name of the control that the arrow keys of a stage move: the first slider."""
+        sliders = widgets.IntSlider | widgets.FloatSlider
+        return next((name for name, control in self.controls.items() if isinstance(control, sliders)), None)
+
+    @property
+    def main(self) -> widgets.Widget | None:
+        """The control of that name."""
+        return None if self.main_name is None else self.controls[self.main_name]
+
+    @property
+    def resting(self) -> bool:
+        """Whether no control has been moved for a while."""
+        return time.monotonic() - max(self._moved, self._drawn_at) >= REST
+
     def _changed(self, change: Any) -> None:
-        """Note the newest values; have them drawn once, soon where a loop runs (a kernel), else now (a script)."""
-        self._pending = self.values
+        """Note the newest values; have them drawn once, soon where a loop runs (a kernel), else now (a script).
+
+        Without a change it is a redraw that asks for another, which goes on with its work.
+        """
+        self._pending, self.busy = self.values, True
         try:
             loop = asyncio.get_running_loop()
         except RuntimeError:
             self._redraw()
             return
+        if change is not None:
+            now = time.monotonic()
+            self._answered = self._answered and not self.resting
+            self._due = min(now + REST, self._drawn_at + LONGEST) if self._answered else now
+            self._moved = now
         if self._waiting is not loop:  # one redraw is enough: it will find the newest values
             self._waiting = loop
-            loop.call_later(PAUSE, self._redraw)
+            loop.call_later(PAUSE, self._when_due)
+
+    def _when_due(self) -> None:
+        """Redraw, or wait on where a burst goes on."""
+        wait = self._due - time.monotonic()
+        if wait > 0 and self._pending is not None:
+            asyncio.get_running_loop().call_later(wait, self._when_due)
+        else:
+            self._redraw()
 
     def _redraw(self) -> None:
         values, self._pending, self._waiting = self._pending, None, None
         if values is None:  # a display has drawn them meanwhile
             return
-        self.redraws += 1
+        if fresh := values != self.latest:
+            self.latest = values
+            self.redraws += 1
         self.message.value = ""
+        begun = time.monotonic()
         try:
             with style.context():  # an axis makes its ticks when drawn, in the style of that moment
-                self._show(values)
+                self.paint(values)
         except Exception as error:  # on a kernel's loop it would vanish into the log
-            words = " ".join(f"{type(error).__name__}: {error}".split())
-            self.message.value = f'<span style="color:{style.COLOURS["warn"]}">{html.escape(words)}</span>'
+            self.complain(error)
+        self._answered = True
+        if fresh:
+            self._drawn_at = time.monotonic()
+            self.seconds = self._drawn_at - begun
+        self.busy = self._pending is not None
+
+    def complain(self, error: Exception) -> None:
+        """Tell the error in one line below the view."""
+        words = " ".join(f"{type(error).__name__}: {error}".split())
+        self.message.value = f'<span style="color:{style.COLOURS["warn"]}">{html.escape(words)}</span>'
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.values.items())})"

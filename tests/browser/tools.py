@@ -1,9 +1,28 @@
-"""What the tests of JupyterLab share: menus, waiting, and running a notebook from top to bottom."""
+"""What the browser tests share: servers that end with all they started, pages that reach nothing but this machine, and
+JupyterLab's menus, waiting, and running a notebook from top to bottom.
+"""
 
+import contextlib
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
 import time
+from collections import namedtuple
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import nbformat
+import psutil
+from playwright.sync_api import sync_playwright
+
+ROOT = Path(__file__).resolve().parents[2]
+SHOTS = Path(os.environ.get("SHOTS", ROOT / "runs" / "browser"))  # where screenshots are left, to look at
+SWITCHES = "no-sandbox disable-gpu disable-quic no-first-run disable-background-networking disable-component-update disable-sync"
+
+Watched = namedtuple("Watched", "page foreign errors")  # requests to other machines; uncaught and console errors
 
 WRONG = '[data-mime-type="application/vnd.jupyter.error"], .jupyter-widgets-error-widget, mjx-merror, .jp-Dialog'
 ALL_RAN = """() => {
@@ -50,3 +69,84 @@ def run_all(page, path, seconds=90):
     assert [one.execution_count for one in cells] == list(range(1, len(cells) + 1))
     assert page.locator(WRONG).count() == 0
     return cells
+
+
+# --- a server, a browser ------------------------------------------------------------------------------
+
+
+def find_chromium():
+    """The path of the system's Chromium, or None."""
+    return next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+def free_port():
+    """A port that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def stranger(home):
+    """The environment of a user whose home folder is empty."""
+    (home / "config").mkdir(parents=True)
+    # Jupyter refuses to serve as root, and in a container the tests may run as root.
+    (home / "config" / "jupyter_server_config.json").write_text('{"ServerApp": {"allow_root": true}}')
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("JUPYTER", "JPY_"))}
+    env |= {f"JUPYTER_{name.upper()}_DIR": str(home / name) for name in ("config", "data", "runtime")}
+    return env | {"HOME": str(home), "IPYTHONDIR": str(home / "ipython"), "OMP_NUM_THREADS": "1"}
+
+
+@contextlib.contextmanager
+def running(command, cwd, env, log, end=signal.SIGTERM):
+    """A server in a session of its own; told to end by `end`, it must take along whatever it started."""
+    with log.open("wb") as out:
+        files = {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": out}
+        course = subprocess.Popen(command, cwd=cwd, env=env, start_new_session=True, **files)
+    try:
+        yield course
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(course.pid, end)
+        course.wait(30)
+        _, left = psutil.wait_procs(_at_home(env["HOME"]), timeout=15)
+        for process in left:
+            process.kill()
+        assert not left, f"these ran on after `{' '.join(command[1:5])}` was told to end: {left}"
+
+
+def _at_home(home):
+    """The processes with this HOME: a kernel leads a process group of its own, and may have lost its parent."""
+    return [one for one in psutil.process_iter(["environ"]) if (one.info["environ"] or {}).get("HOME") == home]
+
+
+def said(course, log, pattern, seconds=60):
+    """What the server prints and this pattern finds, once it does; AssertionError where it ends or stays silent."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and course.poll() is None:
+        if found := re.search(pattern, log.read_text(errors="replace")):
+            return found
+        time.sleep(0.1)
+    raise AssertionError(f"no {pattern!r} from the server (exit status {course.poll()}):\n{log.read_text(errors='replace')}")
+
+
+@contextlib.contextmanager
+def watching(chromium, home, width=1400, height=1000):
+    """A page in a new browser profile, where a request to another machine is recorded and fails."""
+    with sync_playwright() as playwright:
+        env = {**os.environ, "HOME": str(home)}
+        switches = [f"--{switch}" for switch in SWITCHES.split()]
+        browser = playwright.chromium.launch(executable_path=chromium, args=switches, env=env)
+        context = browser.new_context(viewport={"width": width, "height": height}, service_workers="block")
+        page, foreign, errors = context.new_page(), [], []
+
+        def ours(request):
+            url = urlsplit(request.url)
+            opened = url.scheme == "file" and request.is_navigation_request()  # a file that the test opens, and no other
+            return opened or url.scheme in ("data", "blob") or url.hostname in ("127.0.0.1", "localhost")
+
+        context.route("**/*", lambda route: route.continue_() if ours(route.request) else route.abort())
+        context.on("request", lambda request: None if ours(request) else foreign.append(request.url))
+        context.on("weberror", lambda error: errors.append(f"uncaught: {error.error}"))
+        context.on("console", lambda line: errors.append(f"console: {line.text}") if line.type == "error" else None)
+        yield Watched(page, foreign, errors)
+        browser.close()

@@ -10,7 +10,22 @@ from course_lib import catalog, cli, doctor, readme
 from course_lib.grading import check as checking
 from course_lib.grading import paths, student
 
-COMMANDS = ("lab", "build", "check", "update", "progress", "grade", "train", "zoo", "catalog", "doctor", "bench", "readme")
+COMMANDS = (
+    "lab",
+    "demo",
+    "slides",
+    "build",
+    "check",
+    "update",
+    "progress",
+    "grade",
+    "train",
+    "zoo",
+    "catalog",
+    "doctor",
+    "bench",
+    "readme",
+)
 run = CliRunner().invoke
 
 

@@ -1,0 +1,1 @@
+"""What an instructor shows live: each lecture's explorers full screen, and its slides."""
