@@ -163,6 +163,17 @@ def bench_rules(steps: int = 5, walks: int = 100, rounds: int = 5) -> list[Row]:
     return rows
 
 
+def bench_guidance(rounds: int = 9) -> list[Row]:
+    """Classifier-free guidance in one call beside two in turn, at batch 1 to 4, on the networks of `digits` and `mini-sd`."""
+    from course_lib.bench_guidance import runs
+
+    rows = []
+    for name, together, apart in runs():
+        ours, other = _interleaved(together, apart, rounds=rounds)
+        rows.append(_row(f"CFG in one call, {name}", ours, other, "two calls in turn", 0.9))
+    return rows
+
+
 class _Gated(nn.Module):
     """The classroom's network: hidden layers of one width, each multiplied by a function of the time, then ReLU."""
 
@@ -258,6 +269,7 @@ BENCHMARKS: dict[str, Callable[[], list[Row]]] = {
     "import": bench_import,
     "sampler": bench_sampler,
     "rules": bench_rules,
+    "guidance": bench_guidance,
     "swissroll": bench_swissroll,
     "families": bench_families,
 }

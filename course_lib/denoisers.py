@@ -48,8 +48,26 @@ class NetworkDenoiser:
         return c_skip * x + c_out * F
 
     def given(self, **condition: Any) -> NetworkDenoiser:
-        """The same network under another condition: `D.given(label=labels)`."""
+        """The same network under another condition: `D.given(label=labels)`.
+
+        Raises ValueError for a condition that the network does not take, and for values that it does not know.
+        """
+        _check_condition(self.net, condition)
         return replace(self, condition={**self.condition, **condition})
+
+
+def _check_condition(net: Network, condition: Mapping[str, Any]) -> None:
+    """Raise ValueError, in one sentence, where `net` cannot be called with these keywords."""
+    taken = inspect.signature(net.forward if isinstance(net, torch.nn.Module) else net).parameters
+    names = getattr(net, "conditions", None)
+    if names is None and not any(p.kind is p.VAR_KEYWORD for p in taken.values()):
+        names = list(taken)[2:]  # after x and the time
+    for name in condition:
+        if names is not None and name not in names:
+            expected = f"one of {', '.join(names)}" if names else "none, since it is unconditional"
+            raise ValueError(f"condition {name!r} is not taken by the network; expected {expected}")
+    if check := getattr(net, "check_condition", None):
+        check(**condition)
 
 
 # --- coefficients of the four predictions, in sigma ---------------------------------------------------
@@ -153,6 +171,10 @@ def from_diffusers(unet: torch.nn.Module, scheduler: Any, **condition: Any) -> N
         added = {name: kwargs.pop(name) for name in ADDED if name in kwargs}
         nested = {"added_cond_kwargs": added} if added else {}
         return unet(x, time, return_dict=False, **kwargs, **nested)[0]
+
+    own = set(inspect.signature(unet.forward).parameters) - {"sample", "hidden_states", "timestep", "return_dict"}
+    if "kwargs" not in own:
+        net.conditions = sorted(own | set(ADDED) if "added_cond_kwargs" in own else own)  # what `given` may set
 
     if "alphas_cumprod" not in vars(scheduler):
         if not type(scheduler).__name__.startswith("FlowMatch"):

@@ -55,6 +55,13 @@ def _measured(metrics: dict[str, Any]) -> str:
     if "student" in metrics:
         calls = ", ".join(f"{calls}: {row['frechet']:.4f}" for calls, row in sorted(metrics["student"].items(), reverse=True))
         return f"Fréchet distance by network calls {calls}; real digits {metrics['frechet_floor']:.4f}"
+    if "aware" in metrics:
+        read = zip(metrics["sigmas"], metrics["aware"]["accuracy_held_out"], strict=True)
+        return "held-out digits read at noise level " + ", ".join(f"{sigma:g}: {share:.0%}" for sigma, share in list(read)[2::2])
+    if "loss_held_out_of_digits" in metrics:
+        pairs = list(zip(*(metrics[key] for key in ("loss_sigmas", "loss_held_out", "loss_held_out_of_digits")), strict=True))
+        sigma, weak, full = pairs[len(pairs) // 2]
+        return f"loss at noise level {sigma:g} on held-out digits {weak:.3f}, of `digits` {full:.3f}"
     if "exact" in metrics:
         bend = [", ".join(f"{row[part]['straightness']:.4f}" for row in metrics["seeds"]) for part in ("first", "reflowed")]
         return f"three seeds: straightness {bend[0]}; after reflow {bend[1]}"

@@ -33,7 +33,7 @@ class NetworkClassifier:
 
 
 def noise_blind(reader: Callable[[Tensor], Tensor]) -> Classifier:
-    """A reader of clean pictures taken as it is at every noise level: logits(x), whatever sigma. Far from x0 its gradient is wrong."""
+    """A reader of clean pictures, asked at every noise level without being told it: where noise is seen its gradient is wrong."""
     return lambda x, sigma: reader(x)
 
 
@@ -42,7 +42,7 @@ def bayes_classifier(parts: Sequence[Mixture], weights: Sequence[float] | Tensor
 
     p_c(x; sigma) = (p_c * N(0, sigma^2 I))(x). `parts` are the classes, `weights` their shares, equal by default.
     """
-    shares = torch.full((len(parts),), 1 / len(parts)) if weights is None else torch.as_tensor(weights)
+    shares = torch.ones(len(parts)) if weights is None else torch.as_tensor(weights, dtype=torch.float64)
     if len(shares) != len(parts) or not bool((shares > 0).all()):
         raise ValueError(f"weights = {shares.tolist()}; expected {len(parts)} positive numbers, one for each of parts")
     return lambda x, sigma: torch.stack([part.log_prob(x, sigma) for part in parts], 1) + shares.log().to(x)
@@ -60,9 +60,10 @@ def classifier_guidance(D: Denoiser, classifier: Classifier, label: Tensor | int
         return D
 
     def guided(x: Tensor, sigma: Tensor) -> Tensor:
+        through = _through(x)
         with torch.enable_grad():
-            at = _leaf(x)
-            slope = _slope(classifier(at, sigma), label, at, sigma, w)
+            at = x if through else x.detach().requires_grad_()
+            slope = _slope(classifier(at, sigma), label, at, sigma, w, through)
         return D(x, sigma) + w * right(_square(sigma), x) * slope
 
     return guided
@@ -79,12 +80,12 @@ def reader_guidance(D: Denoiser, reader: Callable[[Tensor], Tensor], label: Tens
         return D
 
     def guided(x: Tensor, sigma: Tensor) -> Tensor:
+        through = _through(x)
         with torch.enable_grad():
-            at = _leaf(x)
+            at = x if through else x.detach().requires_grad_()
             x0 = D(at, sigma)
-            slope = _slope(reader(x0), label, at, sigma, w)
-        x0 = x0 if torch.is_grad_enabled() else x0.detach()
-        return x0 + w * right(_square(sigma), x) * slope
+            slope = _slope(reader(x0), label, at, sigma, w, through)
+        return (x0 if through else x0.detach()) + w * right(_square(sigma), x) * slope
 
     return guided
 
@@ -93,12 +94,12 @@ def _square(sigma: Tensor) -> Tensor:
     return torch.as_tensor(sigma, dtype=torch.float64) ** 2
 
 
-def _leaf(x: Tensor) -> Tensor:
-    """x itself where a caller differentiates through the guided Denoiser, else a copy that needs its gradient here only."""
-    return x if x.requires_grad else x.detach().requires_grad_()
+def _through(x: Tensor) -> bool:
+    """Whether the caller differentiates through the guided Denoiser, so that the slope itself needs a graph."""
+    return x.requires_grad and torch.is_grad_enabled()
 
 
-def _slope(logits: Tensor, label: Tensor | int, x: Tensor, sigma: Tensor, w: float) -> Tensor:
+def _slope(logits: Tensor, label: Tensor | int, x: Tensor, sigma: Tensor, w: float, graph: bool) -> Tensor:
     """grad_x log p(label | x), the shape of x; one row's does not depend on the others'."""
     label = torch.as_tensor(label, device=logits.device).expand(len(x))
     classes = logits.shape[1]
@@ -106,7 +107,7 @@ def _slope(logits: Tensor, label: Tensor | int, x: Tensor, sigma: Tensor, w: flo
         wrong = label[(label < 0) | (label >= classes)][0]
         raise ValueError(f"label = {int(wrong)}; expected a class from 0 to {classes - 1}, of which the classifier knows")
     log_p = torch.log_softmax(logits, 1).gather(1, label[:, None])
-    (slope,) = torch.autograd.grad(log_p.sum(), x, create_graph=x.grad_fn is not None)
+    (slope,) = torch.autograd.grad(log_p.sum(), x, create_graph=graph)
     if not bool(torch.isfinite(slope).all()):
         level = float(torch.as_tensor(sigma).max())
         raise FloatingPointError(

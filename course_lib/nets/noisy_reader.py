@@ -1,4 +1,4 @@
-"""A classifier of noisy pictures, which is told the noise level: the downward half of a U-Net (Dhariwal and Nichol 2021, Sec. 4)."""
+"""A classifier of noisy pictures that is told the noise level: the downward half of a U-Net (Dhariwal and Nichol 2021)."""
 
 from __future__ import annotations
 

@@ -5,9 +5,10 @@ from course_lib.study.debugger import DebugExplorer
 from course_lib.study.explorer import Explorer
 from course_lib.study.explorers import ReverseExplorer, ScheduleExplorer
 from course_lib.study.flows import FlowExplorer
+from course_lib.study.guidance import GuidanceExplorer
 from course_lib.study.particles import ParticleExplorer
 from course_lib.study.pictures import animate, canvas, grid, png, render, strip, tile
-from course_lib.study.points import density, field, plane, scatter
+from course_lib.study.points import density, field, outline, plane, scatter
 from course_lib.study.samplers import SamplerExplorer
 from course_lib.study.scenes import PromptExplorer, SceneExplorer
 from course_lib.study.style import COLOURS, DENSITY, use
@@ -18,6 +19,7 @@ __all__ = [
     "DebugExplorer",
     "Explorer",
     "FlowExplorer",
+    "GuidanceExplorer",
     "ParticleExplorer",
     "PromptExplorer",
     "ReverseExplorer",
@@ -29,6 +31,7 @@ __all__ = [
     "density",
     "field",
     "grid",
+    "outline",
     "plane",
     "png",
     "render",

@@ -49,6 +49,20 @@ def density(
     return ax.contourf(x, y, p, levels=edges, norm=shades, cmap=cmap, zorder=0)
 
 
+def outline(
+    ax: Axes,
+    log_prob: Callable[[Tensor], Tensor],
+    extent: Extent,
+    n: int = 90,
+    colour: str = COLOURS["muted"],
+    level: float = 0.1,
+) -> QuadContourSet:
+    """One dotted contour of p = exp(log_prob), where it is `level` of its peak; log_prob as for `density`."""
+    points, x, y = _lattice(extent, n, n)
+    p = log_prob(points).exp().reshape(n, n).detach().numpy()
+    return ax.contour(x, y, p, levels=[level * p.max()], colors=COLOURS["muted"], linestyles="dotted", linewidths=1.4)
+
+
 def scatter(
     ax: Axes, points: Tensor, colour: str = COLOURS["data"], size: float = 12, alpha: float = 0.7, label: str | None = None
 ) -> PathCollection:

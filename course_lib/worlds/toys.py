@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -29,6 +30,30 @@ def ring(components: int = 8, radius: float = 1.5, std: float = 0.15) -> Mixture
     """Equal round Gaussians on a circle."""
     angle = torch.arange(components, dtype=F64) * 2 * math.pi / components
     return Mixture.isotropic(radius * torch.stack([angle.cos(), angle.sin()], -1), std)
+
+
+def three_classes() -> list[Mixture]:
+    """Three classes that overlap around the origin: each has a wide part outside and a small part, 3 in 10, inside."""
+
+    def part(angle: float) -> Mixture:
+        c, s = math.cos(angle), math.sin(angle)
+        out, along = torch.tensor([c, s], dtype=F64), torch.tensor([-s, c], dtype=F64)
+        wide = 0.3**2 * torch.outer(out, out) + 0.6**2 * torch.outer(along, along)
+        return Mixture(
+            torch.tensor([0.7, 0.3]), torch.stack([1.3 * out, 0.35 * out]), torch.stack([wide, 0.25**2 * torch.eye(2)])
+        )
+
+    return [part(math.pi * turn) for turn in (1 / 2, 7 / 6, 11 / 6)]
+
+
+def of_classes(parts: Sequence[Mixture], weights: Sequence[float] | None = None) -> Mixture:
+    """All classes as one mixture; `weights` are their shares, equal by default."""
+    shares = [1 / len(parts)] * len(parts) if weights is None else weights
+    return Mixture(
+        torch.cat([share * part.weights for share, part in zip(shares, parts, strict=True)]),
+        torch.cat([part.means for part in parts]),
+        torch.cat([part.covs for part in parts]),
+    )
 
 
 def two_peaks(distance: float = 2.0, std: float = 0.3, weight: float = 0.5) -> Mixture:

@@ -31,6 +31,7 @@ RECIPES = {
     "digits-reader": "course_lib.zoo.recipes.digits_reader",
     "digits-reader-2": "course_lib.zoo.recipes.digits_reader",
     "digits-classifier": "course_lib.zoo.recipes.digits_classifier",
+    "digits-weak": "course_lib.zoo.recipes.digits_weak",
     "blobs-reflow": "course_lib.zoo.recipes.reflow",
     **dict.fromkeys(("digits-progressive", "digits-consistency"), "course_lib.zoo.recipes.digits_students"),
     "scenes-reader": "course_lib.zoo.recipes.scenes_reader",

@@ -254,3 +254,138 @@ def test_the_library_is_no_answer_set_03():
                         "03.11": sde}.items():  # fmt: skip
         result = verdicts.judge(item_id, fn)
         assert result.status == verdicts.WRONG and "is the answer itself" in result.message, (item_id, result)
+
+
+def test_a_right_answer_written_in_another_way_passes_set_04():
+    def by_the_estimate(x, sigma, x0_hat, g):
+        x0_c = x0_hat + sigma**2 * g
+        return (x0_c - x) / sigma**2, x0_c
+
+    def by_backward(D, classifier, x, sigma, label, w):
+        x0 = D(x, sigma)
+        leaf = x.clone().detach().requires_grad_(True)
+        with torch.enable_grad():
+            loss = torch.nn.functional.cross_entropy(classifier(leaf, sigma), label, reduction="sum")
+        loss.backward()
+        return -leaf.grad, x0 - w * sigma * sigma * leaf.grad
+
+    def by_lerp(D_cond, D_ref, x, sigma, w):
+        return torch.lerp(D_ref(x, sigma.expand(len(x))), D_cond(x, sigma), w)
+
+    def by_rows(D, x0, label, sigma, eps, u, p, null):
+        labels = torch.tensor([null if float(one) < p else int(c) for one, c in zip(u, label, strict=True)])
+        x = torch.stack([a + s * e for a, s, e in zip(x0, sigma, eps, strict=True)])
+        error = (D(x, sigma, labels) - x0).flatten(1) / sigma[:, None]
+        return torch.nn.functional.mse_loss(error, torch.zeros_like(error))
+
+    def by_shares(D, x, sigma, label, negative, null, w):
+        return (1 - w) * D(x, sigma, negative) + w * D(x, sigma, label)
+
+    def side_by_side(D, x, sigma, label, null, w):
+        labels = torch.stack([torch.full_like(label, null), label], 1).flatten()
+        out = D(x.repeat_interleave(2, 0), sigma.expand(len(x)).repeat_interleave(2), labels)
+        ref, cond = out[::2], out[1::2]
+        return torch.stack([a + s * (b - a) for a, b, s in zip(ref, cond, w.expand(len(x)), strict=True)])
+
+    def by_the_outside(D_cond, D_ref, x, sigma, w, low, high):
+        if sigma <= low or sigma > high:
+            return D_cond(x, sigma)
+        return w * D_cond(x, sigma) + (1 - w) * D_ref(x, sigma)
+
+    def by_quadratics(x, sigma, m_c, s_c, m_r, s_r, w):
+        def log_p(y, s):
+            normal = torch.distributions.Normal
+            return w * normal(m_c, (s_c**2 + s**2).sqrt()).log_prob(y) + (1 - w) * normal(m_r, (s_r**2 + s**2).sqrt()).log_prob(y)
+
+        leaf = x.clone().requires_grad_()
+        (guided,) = torch.autograd.grad(log_p(leaf, sigma).sum(), leaf)
+        values = log_p(torch.tensor([-1.0, 0.0, 1.0], dtype=torch.float64), torch.zeros(()))
+        a, b = (values[0] + values[2]) / 2 - values[1], (values[2] - values[0]) / 2  # a y^2 + b y
+        return guided, (-b / (2 * a) - x) / (-1 / (2 * a) + sigma**2)
+
+    def by_loops(x, cond, ref, w, phi, c_skip):
+        out = []
+        for a, c, r in zip(x, cond, ref, strict=True):
+            said = r + w * (c - r) - c_skip * a
+            ratio = (c - c_skip * a).std(correction=0) / said.std(correction=0)
+            out.append(c_skip * a + phi * ratio * said + (1 - phi) * said)
+        return torch.stack(out)
+
+    def by_tables(logits, label, features):
+        apart, same = torch.cdist(features, features), label[:, None] == label
+        within = []
+        for c in sorted(set(label.tolist())):
+            n = int((label == c).sum())
+            within.append(float(apart[same & (label == c)[:, None]].sum()) / (n * (n - 1)))
+        return sum(int(row.argmax()) == int(c) for row, c in zip(logits, label, strict=True)) / len(label), sum(within) / len(
+            within
+        )
+
+    for item_id, fn in {"04.1": by_the_estimate, "04.2": by_backward, "04.3": by_lerp, "04.4": by_rows, "04.5": by_shares,
+                        "04.6": side_by_side, "04.7": by_the_outside, "04.8": by_quadratics, "04.9": by_loops,
+                        "04.10": by_tables}.items():  # fmt: skip
+        result = verdicts.judge(item_id, fn)
+        assert result.correct, (item_id, result.message)
+
+
+def test_the_library_is_no_answer_set_04():
+    from course_lib import guidance
+    from course_lib.gaussians import Mixture
+    from course_lib.training import denoising_loss
+
+    def classifier(D, classifier, x, sigma, label, w):
+        return x, guidance.classifier_guidance(D, classifier, label, w)(x, sigma)
+
+    def free(D_cond, D_ref, x, sigma, w):
+        return guidance.cfg(D_cond, D_ref, w)(x, sigma)
+
+    def loss(D, x0, label, sigma, eps, u, p, null):
+        return denoising_loss(lambda x, s: D(x, s, label.masked_fill(u < p, null)), x0, sigma, eps).mean()
+
+    def negative(D, x, sigma, label, negative, null, w):
+        return guidance.cfg(lambda x, s: D(x, s, label), lambda x, s: D(x, s, negative), w)(x, sigma)
+
+    def interval(D_cond, D_ref, x, sigma, w, low, high):
+        scale = guidance.interval(w, low, high)(sigma)
+        return D_ref(x, sigma) + scale * (D_cond(x, sigma) - D_ref(x, sigma))
+
+    def tilted(x, sigma, m_c, s_c, m_r, s_r, w):
+        cond, ref = Mixture.gaussian(m_c[None], s_c[None, None] ** 2), Mixture.gaussian(m_r[None], s_r[None, None] ** 2)
+        score = guidance.tilted_gaussian(cond, ref, w).score(x[:, None], sigma)[:, 0]
+        return score, score
+
+    def rescaled(x, cond, ref, w, phi, c_skip):
+        skip = lambda sigma: torch.full_like(sigma, c_skip)
+        return guidance.cfg_rescaled(lambda *_: cond, lambda *_: ref, w, phi, skip)(x, torch.ones(()))
+
+    for item_id, fn in {"04.2": classifier, "04.3": free, "04.4": loss, "04.5": negative, "04.7": interval, "04.8": tilted,
+                        "04.9": rescaled}.items():  # fmt: skip
+        result = verdicts.judge(item_id, fn)
+        assert result.status == verdicts.WRONG and "is the answer itself" in result.message, (item_id, result)
+
+
+def test_what_a_real_network_or_sampler_would_refuse_is_said_set_04():
+    def half_of_the_levels(D, x, sigma, label, null, w):
+        out = D(torch.cat([x, x]), sigma, torch.cat([label, torch.full_like(label, null)]))
+        return out[: len(x)]
+
+    def class_minus_one(D, x, sigma, label, negative, null, w):
+        return D(x, sigma, torch.full_like(label, -1))
+
+    def gradients_closed(D, classifier, x, sigma, label, w):
+        leaf = x.detach().requires_grad_()
+        log_p = classifier(leaf, sigma).log_softmax(1).gather(1, label[:, None]).sum()
+        g = torch.autograd.grad(log_p, leaf)[0]
+        return g, D(x, sigma) + w * sigma**2 * g
+
+    def no_mean(D, x0, label, sigma, eps, u, p, null):
+        return (D(x0, sigma, label) - x0).flatten(1).square().mean(1)
+
+    for item_id, fn, words in (
+        ("04.2", gradients_closed, "open gradients"),
+        ("04.4", no_mean, "expected one number"),
+        ("04.5", class_minus_one, "a class that it does not know"),
+        ("04.6", half_of_the_levels, "expected a single number or (8,)"),
+    ):
+        result = verdicts.judge(item_id, fn)
+        assert result.status == verdicts.WRONG and words in result.message, (item_id, result)

@@ -37,9 +37,7 @@ def wrap(net: nn.Module) -> NetworkClassifier:
     return NetworkClassifier(net.eval(), SIGMA_DATA)
 
 
-def train(
-    name: str, net: nn.Module | None = None, steps: int = STEPS, lr: float = LR, seed: int = SEED, **options: Any
-) -> Fit:
+def train(name: str, net: nn.Module | None = None, steps: int = STEPS, lr: float = LR, seed: int = SEED, **options: Any) -> Fit:
     """Cross-entropy on noised training digits."""
     images, labels = digits.load("train")
     check_data(images, "images")
@@ -51,7 +49,8 @@ def train(
         # one level in each of BATCH strata: the same distribution, a loss that varies less
         u = (torch.arange(BATCH) + torch.rand(BATCH, generator=generator)) / BATCH
         sigma = (low + (high - low) * u).exp()
-        return images[rows] + right(sigma, images[rows]) * torch.randn((BATCH, *digits.SHAPE), generator=generator), sigma, labels[rows]
+        eps = torch.randn((BATCH, *digits.SHAPE), generator=generator)
+        return images[rows] + right(sigma, eps) * eps, sigma, labels[rows]
 
     def loss(net: nn.Module, x: Tensor, sigma: Tensor, label: Tensor) -> Tensor:
         return F.cross_entropy(NetworkClassifier(net, SIGMA_DATA)(x, sigma).float(), label, reduction="none")
