@@ -405,6 +405,8 @@ display(
 )
 
 # %% [markdown]
+# No white ground any more. See also what it cost: the other grounds are gone too, since guidance goes to where white is *least* likely, and that is nearly always the same place.
+#
 # Over 1,000 prompts that leave ground and light open, measured by the reader at $w=3$ (`python -m course_lib.zoo.judge_guidance negative`). *Claim*: what is negated is seen a tenth as often, or less. Two ways to write it: the phrase alone, or the whole prompt with the phrase. The second sounds cleaner, since the two conditions then differ in the phrase alone; but what they share cancels, $w\,(D_{\text{cond}}-D_{\text{neg}})$ knows nothing of the object, and it is drawn as asked less often.
 
 # %%

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from typing import Any
 
 import ipywidgets as widgets
@@ -30,6 +31,7 @@ class Frames:
 
     While no control moves, the frame of the newest values is computed first, then the others; so the picture ends at
     the newest value as it does without frames. A frame that takes less than half the limit ends all this.
+    `exact(values)` says whether the picture is that of these values; `told` is called when another frame is shown.
     """
 
     def __init__(self, panel: Panel):
@@ -41,6 +43,8 @@ class Frames:
             widget.add_class(HIDDEN)
         self._frames: dict[Key, bytes] = {}
         self._working = False
+        self._shown: Key | None = None
+        self.told: Callable[[], None] = lambda: None
         panel.paint = self
 
     def __call__(self, values: dict[str, Any]) -> None:
@@ -85,7 +89,13 @@ class Frames:
     def _nearest(self, values: dict[str, Any]) -> None:
         """Show the frame whose value of the main slider is the nearest."""
         now = values[self._name]
-        self.still.value = self._frames[min(self._frames, key=lambda key: abs(dict(key)[self._name] - now))]
+        self._shown = min(self._frames, key=lambda key: abs(dict(key)[self._name] - now))
+        self.still.value = self._frames[self._shown]
+        self.told()
+
+    def exact(self, values: dict[str, Any]) -> bool:
+        """Whether the picture is that of these values, and not of others nearby."""
+        return not self.slow or self._shown == _key(values)
 
     def _go_on(self) -> None:
         if not self._working and (loop := _loop()) is not None:

@@ -33,6 +33,7 @@ class Stage(widgets.VBox):
         if not explorers:
             raise CourseError("explorers is empty; expected at least one function by name")
         self._build, self.built = dict(explorers), {}
+        self._frames: dict[Panel, Frames] = {}
         self.opened: dict[str, dict[str, Any]] = {}
         names = list(explorers)
         self.choice = widgets.ToggleButtons(options=names, value=names[0], tooltips=names)
@@ -75,7 +76,7 @@ class Stage(widgets.VBox):
 
     def _dress(self, panel: Panel) -> None:
         """Name the parts for the page, watch the time of a frame, and send what was drawn before a page could listen."""
-        frames = Frames(panel)
+        frames = self._frames[panel] = Frames(panel)
         panel.children = [child for one in panel.children for child in ((one, frames.still) if one is panel.view else (one,))]
         panel.children = (*panel.children, frames.note)
         panel.add_class("stage-explorer")
@@ -87,6 +88,7 @@ class Stage(widgets.VBox):
         if panel.main is not None:
             panel.main.add_class("stage-main")
         panel.observe(lambda change: self._count(panel), names="busy")
+        frames.told = lambda: self._count(panel)
         for figure in _within(panel.view):
             if hasattr(figure, "_widget_data"):  # plotly's; its state is what it showed first, and this what it shows now
                 figure.send_state(["_widget_data", "_widget_layout"])
@@ -97,7 +99,9 @@ class Stage(widgets.VBox):
             self.status.value = "computing"
             return
         said = f"redraw {panel.redraws}: {1000 * panel.seconds:.0f} ms" if panel.latest else "ready"
-        at = f"{(panel.latest or panel.values)[panel.main_name]:.9g}" if panel.main_name else ""  # a browser counts in floats
+        values = panel.latest or panel.values
+        shown = panel.main_name and self._frames[panel].exact(values)
+        at = f"{values[panel.main_name]:.9g}" if shown else ""  # a browser counts in floats
         self.status.value = f'<span data-at="{at}">{said}</span>'
 
     def put_back(self) -> None:

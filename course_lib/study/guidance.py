@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 import ipywidgets as widgets
@@ -41,7 +42,7 @@ class GuidanceExplorer(Explorer):
     """
 
     SET, SHOWN, LOW, HIGH = 500, 250, 0.02, 15.0
-    STEPS, COLUMNS, MOST = 10, 5, 12.0
+    STEPS, COLUMNS, MOST = 8, 5, 12.0
     CURVE = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 10.0, MOST)  # scales
     HALF = 2.6  # of the plane that is shown
 
@@ -53,6 +54,7 @@ class GuidanceExplorer(Explorer):
         self._bayes = bayes_classifier(self._parts)
         self._D, self._classifier, self._reader = D, classifier, reader
         self._curves: dict[tuple[int, tuple[float, float] | None], tuple[list[float], list[float]]] = {}
+        self.points, self.digits = (functools.lru_cache(maxsize=64)(draw) for draw in (self._points, self._digits))
         self._figure = pictures.canvas(WIDTH, HEIGHT)
         super().__init__(
             {
@@ -74,7 +76,7 @@ class GuidanceExplorer(Explorer):
             }
         )
 
-    def points(self, w: float, part: int, levels: tuple[float, float] | None = None, seed: int = 0) -> Tensor:
+    def _points(self, w: float, part: int, levels: tuple[float, float] | None = None, seed: int = 0) -> Tensor:
         """Where SET points of pure noise end under the exact guided field of a class, (SET, 2)."""
         grid = karras(40, self.LOW, self.HIGH, to_zero=False)
         D = cfg(self._parts[part].denoiser, self._all.denoiser, _scale(w, levels))
@@ -97,7 +99,7 @@ class GuidanceExplorer(Explorer):
         return self._curves[key]
 
     @torch.no_grad()
-    def digits(self, w: float, kind: str, levels: tuple[float, float] | None, seed: int) -> Tensor:
+    def _digits(self, w: float, kind: str, levels: tuple[float, float] | None, seed: int) -> Tensor:
         """The digits 0 to 9 under guidance, (10, 1, 16, 16); each keeps its noise when w changes."""
         label = torch.arange(digits.CLASSES)
         x = SampleNoise(seed).start((len(label), *digits.SHAPE), self.HIGH)

@@ -120,7 +120,7 @@ def test_samplers_are_compared_in_jupyterlab(lab, watched):
     shot("noise")
     sampler.select_option("DPM-Solver-3")
     grid.select_option("leading (SD's table)")
-    until(page, lambda: "3 steps × 3 = 9 of 10 calls, leading (SD's table)" in title(plot), 10, "the rule and the grid")
+    until(page, lambda: "3 steps × 3 = 9 of 10 calls, leading (SD's table)" in title(plot), 30, "the rule and the grid")
     shot("leading")
 
     # A burst of keys ends at the last number of calls; those between are dropped.
