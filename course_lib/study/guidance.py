@@ -42,7 +42,7 @@ class GuidanceExplorer(Explorer):
     """
 
     SET, SHOWN, LOW, HIGH = 500, 250, 0.02, 15.0
-    STEPS, COLUMNS, MOST = 8, 5, 12.0
+    STEPS, COLUMNS, MOST = 6, 5, 12.0
     CURVE = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 10.0, MOST)  # scales
     HALF = 2.6  # of the plane that is shown
 
