@@ -40,7 +40,7 @@ class Slider:
         before = len(self.times()["pictures"])
         self.handle.press(key)
         answered = lambda: len(self.times()["pictures"]) > before or self.message.inner_text()
-        until(self.page, answered, 5, f"a picture after {key}")
+        until(self.page, answered, f"a picture after {key}")
         self.page.wait_for_timeout(300)
         assert self.message.inner_text() == ""
         assert len(self.times()["pictures"]) == before + 1

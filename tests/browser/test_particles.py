@@ -3,12 +3,10 @@
 import os
 from itertools import pairwise
 from pathlib import Path
-from urllib.parse import urlsplit, urlunsplit
 
-import nbformat
 import pytest
 
-from tests.browser.tools import run_all, until
+from tests.browser.tools import open_code, run_all, title, until
 
 NOTEBOOK = "particles.ipynb"
 SOURCE = """from IPython.display import display
@@ -30,21 +28,11 @@ RECORD = """plot => {
 }"""
 
 
-def title(plot):
-    """What stands above the plot."""
-    return plot.locator(".gtitle").text_content()
-
-
 @pytest.mark.browser
 @pytest.mark.slow
 def test_particles_are_drawn_in_jupyterlab_and_follow_the_slider(lab, watched):
-    page, path = watched.page, lab.base / NOTEBOOK
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(SOURCE)])
-    notebook.metadata.kernelspec = {"name": "python3", "display_name": "Python 3"}
-    nbformat.write(notebook, path)
-    address = urlsplit(lab.url)
-    page.goto(urlunsplit(address._replace(path=f"/lab/tree/{NOTEBOOK}")))
-    page.locator(".jp-CodeCell").wait_for(timeout=60_000)
+    page = watched.page
+    path = open_code(page, lab, NOTEBOOK, SOURCE)
     (cell,) = run_all(page, path)
 
     # What a viewer without a kernel gets is a picture and a line of text, and no library.
@@ -58,7 +46,7 @@ def test_particles_are_drawn_in_jupyterlab_and_follow_the_slider(lab, watched):
     plot.locator(".scatterlayer .trace:last-child .points path").first.wait_for(timeout=30_000)
     positions = lambda: plot.evaluate(PARTICLES)
     assert len(positions()) == 300 and plot.locator(".contourfill path").count() > 5
-    until(page, lambda: "level 10 of 20" in title(plot), 10, "the level that was set before the page drew")
+    until(page, lambda: "level 10 of 20" in title(plot), "the level that was set before the page drew")
     plot.evaluate(RECORD)
     if folder := os.environ.get("SHOTS"):  # a folder for screenshots, to look at
         plot.screenshot(path=Path(folder) / "level_10.png")
@@ -70,8 +58,8 @@ def test_particles_are_drawn_in_jupyterlab_and_follow_the_slider(lab, watched):
         before = page.evaluate("window.drawn.length")
         handle.press(key)
         level += 1 if key == "ArrowRight" else -1
-        until(page, lambda level=level: f"level {level} of 20" in title(plot), 5, f"level {level}")
-        until(page, lambda before=before: page.evaluate("window.drawn.length") > before, 5, "a new picture")
+        until(page, lambda level=level: f"level {level} of 20" in title(plot), f"level {level}")
+        until(page, lambda before=before: page.evaluate("window.drawn.length") > before, "a new picture")
         page.wait_for_timeout(400)
         waits.append(page.evaluate("window.drawn.find(one => one > window.keys.at(-1)) - window.keys.at(-1)"))
         seen.append(positions())
@@ -84,7 +72,7 @@ def test_particles_are_drawn_in_jupyterlab_and_follow_the_slider(lab, watched):
     before = page.evaluate("window.drawn.length")
     for _ in range(20):
         page.keyboard.press("ArrowRight")
-    until(page, lambda: "level 20 of 20" in title(plot), 5, "the last level")
+    until(page, lambda: "level 20 of 20" in title(plot), "the last level")
     page.wait_for_timeout(1000)
     print(f"burst: 20 keys, {page.evaluate('window.drawn.length') - before} pictures")
     assert "level 20 of 20" in title(plot)
@@ -95,7 +83,7 @@ def test_particles_are_drawn_in_jupyterlab_and_follow_the_slider(lab, watched):
     # Opened anew on the same kernel, the figure shows the level that the slider says.
     page.reload()
     plot.locator(".scatterlayer .trace:last-child .points path").first.wait_for(timeout=60_000)
-    until(page, lambda: "level 20 of 20" in title(plot), 5, "the level after the page was loaded anew")
+    until(page, lambda: "level 20 of 20" in title(plot), "the level after the page was loaded anew")
     assert positions() == last
 
     assert watched.foreign == [] and watched.errors == []

@@ -3,12 +3,10 @@
 import os
 from itertools import pairwise
 from pathlib import Path
-from urllib.parse import urlsplit, urlunsplit
 
-import nbformat
 import pytest
 
-from tests.browser.tools import run_all, until
+from tests.browser.tools import open_code, run_all, title, until
 
 NOTEBOOK = "samplers.ipynb"
 SOURCE = """import torch
@@ -39,21 +37,11 @@ BOXES = """plot => Object.fromEntries(
 )"""
 
 
-def title(plot):
-    """What stands above the plot."""
-    return plot.locator(".gtitle").text_content()
-
-
 @pytest.mark.browser
 @pytest.mark.slow
 def test_samplers_are_compared_in_jupyterlab(lab, watched):
-    page, path = watched.page, lab.base / NOTEBOOK
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(SOURCE)])
-    notebook.metadata.kernelspec = {"name": "python3", "display_name": "Python 3"}
-    nbformat.write(notebook, path)
-    address = urlsplit(lab.url)
-    page.goto(urlunsplit(address._replace(path=f"/lab/tree/{NOTEBOOK}")))
-    page.locator(".jp-CodeCell").wait_for(timeout=60_000)
+    page = watched.page
+    path = open_code(page, lab, NOTEBOOK, SOURCE)
     (cell,) = run_all(page, path)
 
     # What a viewer without a kernel gets is a picture and a line of text, and no library.
@@ -67,10 +55,10 @@ def test_samplers_are_compared_in_jupyterlab(lab, watched):
     plot, picture = page.locator(".js-plotly-plot"), shown.locator("img.widget-image")
     plot.locator(".scatterlayer .trace .points path").first.wait_for(timeout=30_000)
     ends = lambda: plot.evaluate(ENDS)
-    until(page, lambda: "8 steps, 8 calls, Karras" in title(plot), 10, "the setting that was made before the page drew")
-    until(page, lambda: picture.evaluate("img => img.naturalWidth") == 360, 10, "the pictures")
+    until(page, lambda: "8 steps, 8 calls, Karras" in title(plot), "the setting that was made before the page drew")
+    until(page, lambda: picture.evaluate("img => img.naturalWidth") == 360, "the pictures")
     # 40 ends of the exact flow, and 9 states of each path
-    until(page, lambda: len(ends()) == 40 + 40 * 9, 10, "the particles of 8 steps")
+    until(page, lambda: len(ends()) == 40 + 40 * 9, "the particles of 8 steps")
 
     def shot(name):
         if folder := os.environ.get("SHOTS"):  # a folder for screenshots, to look at
@@ -98,9 +86,9 @@ def test_samplers_are_compared_in_jupyterlab(lab, watched):
         drawn, arrived = page.evaluate("[window.drawn.length, window.arrived.length]")
         handle.press(key)
         calls += 1 if key == "ArrowRight" else -1
-        until(page, lambda calls=calls: f"{calls} steps, {calls} calls" in title(plot), 5, f"{calls} calls")
-        until(page, lambda drawn=drawn: page.evaluate("window.drawn.length") > drawn, 5, "new paths")
-        until(page, lambda arrived=arrived: page.evaluate("window.arrived.length") > arrived, 10, "new pictures")
+        until(page, lambda calls=calls: f"{calls} steps, {calls} calls" in title(plot), f"{calls} calls")
+        until(page, lambda drawn=drawn: page.evaluate("window.drawn.length") > drawn, "new paths")
+        until(page, lambda arrived=arrived: page.evaluate("window.arrived.length") > arrived, "new pictures")
         page.wait_for_timeout(400)
         waits.append(page.evaluate("window.drawn.find(one => one > window.keys.at(-1)) - window.keys.at(-1)"))
         follow.append(page.evaluate("window.arrived.at(-1) - window.keys.at(-1)"))
@@ -114,13 +102,13 @@ def test_samplers_are_compared_in_jupyterlab(lab, watched):
     eta = shown.locator(".widget-inline-hbox").filter(has_text="η").locator(".noUi-target, .noUi-base").first
     assert shown.locator("[disabled]").count() > 0
     sampler.select_option("DDIM with η (1: ancestral)")
-    until(page, lambda: "sliced Wasserstein" in title(plot), 10, "a rule with noise")
-    until(page, lambda: len(ends()) == 40 * 11, 10, "no exact ends")
+    until(page, lambda: "sliced Wasserstein" in title(plot), "a rule with noise")
+    until(page, lambda: len(ends()) == 40 * 11, "no exact ends")
     assert eta.is_visible() and shown.locator(".noUi-target[disabled]").count() == 0
     shot("noise")
     sampler.select_option("DPM-Solver-3")
     grid.select_option("leading (SD's table)")
-    until(page, lambda: "3 steps × 3 = 9 of 10 calls, leading (SD's table)" in title(plot), 30, "the rule and the grid")
+    until(page, lambda: "3 steps × 3 = 9 of 10 calls, leading (SD's table)" in title(plot), "the rule and the grid")
     shot("leading")
 
     # A burst of keys ends at the last number of calls; those between are dropped.
@@ -128,7 +116,7 @@ def test_samplers_are_compared_in_jupyterlab(lab, watched):
     handle.focus()
     for _ in range(20):
         page.keyboard.press("ArrowRight")
-    until(page, lambda: "10 steps × 3 = 30 calls" in title(plot), 10, "the last number of calls")
+    until(page, lambda: "10 steps × 3 = 30 calls" in title(plot), "the last number of calls")
     page.wait_for_timeout(2000)
     print(f"burst: 20 keys, {page.evaluate('window.drawn.length') - before} drawings")
     assert "30 calls" in title(plot)
@@ -137,7 +125,7 @@ def test_samplers_are_compared_in_jupyterlab(lab, watched):
     # Opened anew on the same kernel, the figure shows what the controls say.
     page.reload()
     plot.locator(".scatterlayer .trace .points path").first.wait_for(timeout=60_000)
-    until(page, lambda: "30 calls" in title(plot), 5, "the setting after the page was loaded anew")
+    until(page, lambda: "30 calls" in title(plot), "the setting after the page was loaded anew")
     assert ends() == last
 
     assert watched.foreign == [] and watched.errors == []

@@ -43,7 +43,7 @@ def test_the_first_lecture_runs_and_its_explorers_follow(lab, watched):
         cell.scroll_into_view_if_needed()
         picture = cell.locator(".jp-OutputArea-output img.widget-image")
         picture.wait_for(timeout=30_000)
-        until(page, lambda picture=picture: picture.evaluate("img => img.naturalWidth") == 900, 10, "a picture")
+        until(page, lambda picture=picture: picture.evaluate("img => img.naturalWidth") == 900, "a picture")
         assert picture.evaluate("img => img.naturalHeight") == height
 
     # A menu redraws the scene in place, a key on a slider does so soon.
@@ -51,7 +51,7 @@ def test_the_first_lecture_runs_and_its_explorers_follow(lab, watched):
     picture.evaluate(ARRIVED)
     before = picture.get_attribute("src")
     scene.locator("select").first.select_option("house")
-    until(page, lambda: picture.get_attribute("src") != before, 5, "the picture of a house")
+    until(page, lambda: picture.get_attribute("src") != before, "the picture of a house")
     page.wait_for_timeout(300)
     shot(scene, "scene")
     handle = scene.locator(".noUi-handle").first
@@ -60,7 +60,7 @@ def test_the_first_lecture_runs_and_its_explorers_follow(lab, watched):
     for _ in range(3):
         before = page.evaluate("window.arrived.length")
         handle.press("ArrowRight")
-        until(page, lambda before=before: page.evaluate("window.arrived.length") > before, 5, "a new picture")
+        until(page, lambda before=before: page.evaluate("window.arrived.length") > before, "a new picture")
         page.wait_for_timeout(400)
         waits.append(page.evaluate("window.arrived.find(one => one > window.key) - window.key"))
     print(f"key to picture: {', '.join(f'{wait:.0f}' for wait in waits)} ms")
@@ -73,17 +73,17 @@ def test_the_first_lecture_runs_and_its_explorers_follow(lab, watched):
     page.wait_for_timeout(500)
     assert picture.get_attribute("src") == before
     box.press("Enter")
-    until(page, lambda: picture.get_attribute("src") != before, 10, "the picture of the prompt")
+    until(page, lambda: picture.get_attribute("src") != before, "the picture of the prompt")
     warning = prompt.get_by_text("model 'mini-sd' never saw 'dragon'; the words that it knows:")
     warning.wait_for(timeout=5_000)
     before = picture.get_attribute("src")
     prompt.locator(".noUi-handle").first.press("ArrowRight")
-    until(page, lambda: picture.get_attribute("src") != before, 10, "the picture at another guidance")
+    until(page, lambda: picture.get_attribute("src") != before, "the picture at another guidance")
     page.wait_for_timeout(500)
     assert warning.is_visible()
     shot(prompt, "prompt")
     box.fill("a purple mug")
     box.press("Enter")
-    until(page, lambda: warning.count() == 0, 10, "no warning")
+    until(page, lambda: warning.count() == 0, "no warning")
 
     assert watched.foreign == [] and watched.errors == []

@@ -111,7 +111,7 @@ class Show:
         at = lambda: self.page.locator(".stage-status span[data-at]").get_attribute("data-at")
         # while a slow explorer shows the nearest frame, there is no value of which it is the picture
         here = lambda: self.redraws() and at() and float(at()) == float(self.value())
-        until(self.page, here, 60, "the slider's value in the picture")
+        until(self.page, here, "the slider's value in the picture", seconds=60)
         return self.rest()
 
     def redraws(self):
@@ -123,7 +123,7 @@ class Show:
         """Press a key, and wait for the redraw that it brings."""
         before = self.redraws()
         self.page.keyboard.press(key)
-        until(self.page, lambda: self.redraws() > before, 60, f"a redraw after {key}")
+        until(self.page, lambda: self.redraws() > before, f"a redraw after {key}", seconds=60)
         return self.arrived()
 
     def value(self):
@@ -170,7 +170,7 @@ def test_a_demo_follows_keys_from_anywhere_and_returns_to_where_it_began(stage, 
         page.evaluate(STAMP)
         for _ in range(10):
             page.keyboard.press("ArrowRight")
-        until(page, lambda redraws=redraws: show.redraws() > redraws, 60, "a redraw")
+        until(page, lambda redraws=redraws: show.redraws() > redraws, "a redraw", seconds=60)
         last = show.arrived()
         gaps = page.evaluate("window.stamps.slice(1).map((one, i) => (one - window.stamps[i]) / 1000)")
         print(f"{number}, {name}: ten keys in {sum(gaps):.2f} s, {show.redraws() - redraws} redraws")
@@ -185,17 +185,17 @@ def test_a_demo_follows_keys_from_anywhere_and_returns_to_where_it_began(stage, 
 
         # The beginning, another seed, and the beginning again.
         show.click("Reset")
-        until(page, lambda value=value: show.value() == value, 10, "the slider's first value")
-        until(page, lambda first=first: show.rest() == first, 30, "the first picture")
+        until(page, lambda value=value: show.value() == value, "the slider's first value")
+        until(page, lambda first=first: show.rest() == first, "the first picture")
         surprise, seed = page.get_by_role("button", name="Surprise me"), page.locator("input[type=number]:visible")
         assert surprise.is_visible() == (seed.count() == 1)
         if seed.count():
             before = seed.input_value()
             surprise.click()
-            until(page, lambda seed=seed, before=before: seed.input_value() != before, 10, "another seed")
-            until(page, lambda first=first: show.rest() != first, 30, "another picture")
+            until(page, lambda seed=seed, before=before: seed.input_value() != before, "another seed")
+            until(page, lambda first=first: show.rest() != first, "another picture")
             page.keyboard.press("r")
-            until(page, lambda first=first: show.rest() == first, 30, "the first picture")
+            until(page, lambda first=first: show.rest() == first, "the first picture")
         assert show.message() == []
 
 
@@ -222,11 +222,11 @@ def test_errors_and_slow_frames_are_told_and_a_closed_tab_leaves_the_server_aliv
     note.wait_for(timeout=20_000)
     assert re.match(r"A frame takes \d\.\d s here, so the slider shows the nearest of \d+", note.inner_text())
     page.keyboard.press("ArrowRight")  # from within the menu, where the focus is
-    until(page, lambda: "more are on their way" not in note.inner_text() and show.frame() != sharp, 60, "all frames")
+    until(page, lambda: "more are on their way" not in note.inner_text() and show.frame() != sharp, "all frames", seconds=60)
     assert show.value() == "5"
     slow = show.rest()
     cost.select_option("fast")
-    until(page, lambda: note.count() == 0, 20, "the view itself")
+    until(page, lambda: note.count() == 0, "the view itself")
     assert show.rest() == slow  # level 5 as it is
 
     # The page is closed in the midst of an endless frame: its kernel ends, and the next page is served.
@@ -235,7 +235,7 @@ def test_errors_and_slow_frames_are_told_and_a_closed_tab_leaves_the_server_aliv
     page.goto("about:blank")
     assert stage.course.poll() is None
     show.open(f"{stage.base}/toy.ipynb")
-    until(page, lambda: len(_kernels(stage.course)) == 1, 30, "one kernel, that of the page which is open")
+    until(page, lambda: len(_kernels(stage.course)) == 1, "one kernel, that of the page which is open")
 
 
 def _kernels(course):

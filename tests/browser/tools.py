@@ -12,7 +12,7 @@ import subprocess
 import time
 from collections import namedtuple
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import urlsplit, urlunsplit
 
 import nbformat
 import psutil
@@ -37,8 +37,8 @@ def choose(page, menu, command):
     page.locator(f'.lm-Menu-item[data-command="{command}"]').click()
 
 
-def until(page, holds, seconds, what):
-    """Wait until `holds()`, while the page lives on."""
+def until(page, holds, what, seconds=30):
+    """Wait until `holds()`, while the page lives on; speed is asserted elsewhere, and other tests share the machine."""
     end = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < end, f"{what}: not within {seconds} s"
@@ -48,18 +48,34 @@ def until(page, holds, seconds, what):
 def idle(page):
     """Whether the server has one kernel, and that kernel is idle."""
     at = urlsplit(page.url)
-    kernels = page.request.get(f"{at.scheme}://{at.netloc}/api/kernels").json()
-    return [kernel["execution_state"] for kernel in kernels] == ["idle"]
+    answer = page.request.get(f"{at.scheme}://{at.netloc}/api/kernels")
+    # while a kernel of the page before is being ended, the server may answer that it is not found
+    return answer.ok and [kernel["execution_state"] for kernel in answer.json()] == ["idle"]
+
+
+def open_code(page, lab, name, source):
+    """Open a new notebook with this one cell in JupyterLab; the path of its file."""
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)])
+    notebook.metadata.kernelspec = {"name": "python3", "display_name": "Python 3"}
+    nbformat.write(notebook, lab.base / name)
+    page.goto(urlunsplit(urlsplit(lab.url)._replace(path=f"/lab/tree/{name}")))
+    page.locator(".jp-CodeCell").wait_for(timeout=60_000)
+    return lab.base / name
+
+
+def title(plot):
+    """What stands above a plot of plotly."""
+    return plot.locator(".gtitle").text_content()
 
 
 def run_all(page, path, seconds=90):
     """Clear and run the notebook that is open, save it, and return its code cells; no cell may have failed."""
-    until(page, lambda: idle(page), 30, "a kernel")
+    until(page, lambda: idle(page), "a kernel")
     choose(page, "Edit", "editmenu:clear-all")
     start = time.monotonic()
     choose(page, "Run", "runmenu:run-all")
     page.wait_for_function(ALL_RAN, timeout=1000 * seconds)
-    until(page, lambda: idle(page), 10, "an idle kernel")
+    until(page, lambda: idle(page), "an idle kernel")
     print(f"\nRun All: {time.monotonic() - start:.1f} s")
     with page.expect_response(lambda answer: answer.request.method == "PUT" and path.name in answer.url):
         choose(page, "File", "docmanager:save")

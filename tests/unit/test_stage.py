@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import ipywidgets as widgets
+import matplotlib
 import nbformat
 import numpy as np
 import pytest
@@ -32,7 +33,7 @@ class Toy(Explorer):
     """A picture of one grey level; `cost` is what a frame takes, in seconds."""
 
     def __init__(self, cost=0.0, level=40):
-        self.cost, self.drawn = cost, []
+        self.cost, self.drawn, self.styles = cost, [], []
         level = widgets.IntSlider(level, max=80, description="level")
         super().__init__({"note": widgets.Text(""), "level": level, "seed": widgets.BoundedIntText(0, max=2**31 - 1)})
 
@@ -41,6 +42,7 @@ class Toy(Explorer):
             raise ValueError(f"note = {note!r}; expected a <good> one")
         time.sleep(self.cost)
         self.drawn.append(level)
+        self.styles.append(dict(matplotlib.rcParams))
         out = io.BytesIO()
         Image.fromarray(np.full((4, 4), level, np.uint8)).save(out, "PNG")
         return out.getvalue()
@@ -175,6 +177,7 @@ def test_while_frames_are_slow_the_nearest_stands_in_and_the_exact_one_follows(s
 
     asyncio.run(lesson())
     assert toy.message.value == ""
+    assert all(one == toy.styles[0] for one in toy.styles), "a frame is drawn in another style"
 
 
 def test_another_control_makes_other_frames_and_errors_are_told(slow):
