@@ -174,6 +174,32 @@ def bench_guidance(rounds: int = 9) -> list[Row]:
     return rows
 
 
+def bench_redraw(moves: int = 21) -> list[Row]:
+    """Each explorer of the stage: from a move of its main slider to its new picture, over the slider's whole range.
+
+    The other controls are as it opens. A page adds the way to the browser, which the browser tests print.
+    """
+    from course_lib.stage.demos import DEMOS
+
+    rows, limit = [], 0.2 if torch.cuda.is_available() else 1.0
+    with devices.one_thread():  # as on the stage
+        for number, demo in DEMOS.items():
+            for name, build in demo.explorers.items():
+                start = time.perf_counter()
+                panel = build()
+                built, main, times = time.perf_counter() - start, panel.main, []
+                steps = (main.max - main.min) / main.step
+                for k in range(moves):
+                    start, before = time.perf_counter(), panel.redraws
+                    main.value = type(main.value)(main.min + main.step * round(steps * k / (moves - 1)))
+                    if panel.redraws > before:
+                        times.append(time.perf_counter() - start)
+                slow = statistics.quantiles(times, n=20)[-1]
+                beside = f"95th percentile {slow:.2f} s of {len(times)} moves of {panel.main_name}; built in {built:.1f} s"
+                rows.append(_value(f"redraw: {number}, {name}", statistics.median(times), "s", limit, beside))
+    return rows
+
+
 class _Gated(nn.Module):
     """The classroom's network: hidden layers of one width, each multiplied by a function of the time, then ReLU."""
 
@@ -270,6 +296,7 @@ BENCHMARKS: dict[str, Callable[[], list[Row]]] = {
     "sampler": bench_sampler,
     "rules": bench_rules,
     "guidance": bench_guidance,
+    "redraw": bench_redraw,
     "swissroll": bench_swissroll,
     "families": bench_families,
 }

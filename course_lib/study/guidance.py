@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 
 import ipywidgets as widgets
@@ -25,6 +26,7 @@ from course_lib.types import Denoiser
 from course_lib.worlds import digits, toys
 
 FREE, BAYES = "classifier-free", "classifier"
+ALL = (0.0, math.inf)  # levels, from and to; a menu takes None for no choice
 WIDTH, HEIGHT = 900, 470  # of the picture, in screen pixels
 
 
@@ -53,7 +55,7 @@ class GuidanceExplorer(Explorer):
         self._parts, self._all = list(parts), toys.of_classes(parts)
         self._bayes = bayes_classifier(self._parts)
         self._D, self._classifier, self._reader = D, classifier, reader
-        self._curves: dict[tuple[int, tuple[float, float] | None], tuple[list[float], list[float]]] = {}
+        self._curves: dict[tuple[int, tuple[float, float]], tuple[list[float], list[float]]] = {}
         self.points, self.digits = (functools.lru_cache(maxsize=64)(draw) for draw in (self._points, self._digits))
         self._figure = pictures.canvas(WIDTH, HEIGHT)
         super().__init__(
@@ -65,7 +67,7 @@ class GuidanceExplorer(Explorer):
                 ),
                 "levels": widgets.Dropdown(
                     options=[
-                        ("all levels", None),
+                        ("all levels", ALL),
                         ("0.2 < σ ≤ 2", (0.2, 2.0)),
                         ("σ > 2", (2.0, self.HIGH)),
                         ("σ ≤ 0.2", (0.0, 0.2)),
@@ -76,7 +78,7 @@ class GuidanceExplorer(Explorer):
             }
         )
 
-    def _points(self, w: float, part: int, levels: tuple[float, float] | None = None, seed: int = 0) -> Tensor:
+    def _points(self, w: float, part: int, levels: tuple[float, float] = ALL, seed: int = 0) -> Tensor:
         """Where SET points of pure noise end under the exact guided field of a class, (SET, 2)."""
         grid = karras(40, self.LOW, self.HIGH, to_zero=False)
         D = cfg(self._parts[part].denoiser, self._all.denoiser, _scale(w, levels))
@@ -90,7 +92,7 @@ class GuidanceExplorer(Explorer):
         spread = (x.var(0, correction=0).sum() / self._parts[part].cov.trace()).sqrt()
         return float(sure), float(spread)
 
-    def curve(self, part: int, levels: tuple[float, float] | None) -> tuple[list[float], list[float]]:
+    def curve(self, part: int, levels: tuple[float, float]) -> tuple[list[float], list[float]]:
         """Adherence and diversity at each w of CURVE, with one set of starts."""
         key = (part, levels)
         if key not in self._curves:
@@ -99,22 +101,22 @@ class GuidanceExplorer(Explorer):
         return self._curves[key]
 
     @torch.no_grad()
-    def _digits(self, w: float, kind: str, levels: tuple[float, float] | None, seed: int) -> Tensor:
+    def _digits(self, w: float, kind: str, levels: tuple[float, float], seed: int) -> Tensor:
         """The digits 0 to 9 under guidance, (10, 1, 16, 16); each keeps its noise when w changes."""
         label = torch.arange(digits.CLASSES)
         x = SampleNoise(seed).start((len(label), *digits.SHAPE), self.HIGH)
         D = self.guided(label, w, kind, levels)
         return sample(D, x, karras(self.STEPS, self.LOW, self.HIGH, to_zero=False), dpm_solver_pp_2m).clamp(-1, 1)
 
-    def guided(self, label: Tensor, w: float, kind: str, levels: tuple[float, float] | None) -> Denoiser:
+    def guided(self, label: Tensor, w: float, kind: str, levels: tuple[float, float]) -> Denoiser:
         """The guided Denoiser of digits: by the condition that the network was trained with, or by the classifier."""
         null = self._D.given(label=torch.full_like(label, digits.CLASSES))
         if kind == FREE:
             return cfg(self._D.given(label=label), null, _scale(w, levels))
         by_bayes = classifier_guidance(null, self._classifier, label, 1.0)
-        return cfg(by_bayes, null, _scale(w, levels)) if levels else classifier_guidance(null, self._classifier, label, w)
+        return cfg(by_bayes, null, _scale(w, levels)) if levels != ALL else classifier_guidance(null, self._classifier, label, w)
 
-    def draw(self, w: float, kind: str, part: int, levels: tuple[float, float] | None, seed: int) -> bytes:
+    def draw(self, w: float, kind: str, part: int, levels: tuple[float, float], seed: int) -> bytes:
         """The class in the plane, its two numbers along w, and the digits with what the reader reads."""
         x, images = self.points(w, part, levels, seed), self.digits(w, kind, levels, seed)
         sure, spread = self.measure(x, part)
@@ -159,5 +161,5 @@ class GuidanceExplorer(Explorer):
         ax.set_title(f"{10 - len(wrong)} of 10 read as asked, {full:.0%} saturated", fontsize=14)
 
 
-def _scale(w: float, levels: tuple[float, float] | None) -> Weight:
-    return w if levels is None else interval(w, *levels)
+def _scale(w: float, levels: tuple[float, float]) -> Weight:
+    return w if levels == ALL else interval(w, *levels)

@@ -20,7 +20,7 @@ LIMIT = 150_000  # bytes
 
 def main():
     asked = argparse.ArgumentParser(description=__doc__)
-    asked.add_argument("number", nargs="?", default="02", help="the lecture")
+    asked.add_argument("number", nargs="?", default="04", help="the lecture")
     asked.add_argument("--out", type=Path, default=ROOT / "lectures" / "demo.png")
     asked.add_argument("--keys", type=int, default=2, help="how often the right arrow is pressed")
     asked = asked.parse_args()

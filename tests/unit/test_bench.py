@@ -3,7 +3,10 @@
 import inspect
 import json
 import math
+import re
+import time
 
+import ipywidgets as widgets
 import pytest
 import scipy.stats
 import torch
@@ -13,6 +16,8 @@ from typer.testing import CliRunner
 
 from course_lib import bench, bench_rules, cli, langevin, multistep, sdes, singlestep, steps, stochastic
 from course_lib.bench_rules import PEERS, RULES, Counting, beside, in_samplers
+from course_lib.stage.demos import Demo
+from course_lib.study import Explorer
 from course_lib.worlds.toys import classroom_roll, three_blobs
 from tests.draws import normal
 
@@ -142,3 +147,18 @@ def test_rows_of_the_rules(monkeypatch):
     assert beside_theirs["name"] == "rule alone: heun, 1,000 calls"
     assert beside_theirs["other"] == "diffusers HeunDiscreteScheduler" and beside_theirs["limit"] >= 1
     assert all(row["ours_s"] > 0 and row["other_s"] > 0 for row in (*alone, adaptive, beside_theirs))
+
+
+def test_a_redraw_is_timed_from_the_move_to_the_picture(monkeypatch):
+    class Slow(Explorer):
+        def __init__(self):
+            super().__init__({"level": widgets.IntSlider(5, max=10, description="level")})
+
+        def draw(self, level):
+            time.sleep(0.02 if level < 9 else 0.1)
+            return b""
+
+    monkeypatch.setattr("course_lib.stage.demos.DEMOS", {"07": Demo("A toy", {"slow": Slow})})
+    (row,) = bench.bench_redraw(moves=11)
+    assert row["name"] == "redraw: 07, slow" and 0.02 <= row["value"] < 0.1
+    assert float(re.search(r"95th percentile (\S+) s of 11 moves of level", row["beside"])[1]) >= 0.1

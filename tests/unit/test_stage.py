@@ -65,6 +65,7 @@ def test_a_row_has_the_lectures_title_and_explorers_that_build_and_move(number):
         panel = stage.built[name]
         assert stage.trouble.value == "" and "stage-main" in panel.main._dom_classes
         assert panel.view in panel.children and "stage-view" in panel.view._dom_classes
+        assert [one for one, control in panel.controls.items() if getattr(control, "index", 0) is None] == [], "an empty menu"
         opened = panel.values
         panel.main.value += panel.main.step
         assert panel.redraws == 1 and panel.message.value == "" and panel.values != opened

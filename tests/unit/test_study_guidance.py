@@ -10,7 +10,7 @@ from course_lib.guidance import bayes_classifier, classifier_guidance
 from course_lib.multistep import dpm_solver_pp_2m
 from course_lib.sample import sample
 from course_lib.schedules import karras
-from course_lib.study.guidance import BAYES, FREE, GuidanceExplorer
+from course_lib.study.guidance import ALL, BAYES, FREE, GuidanceExplorer
 from course_lib.worlds import toys
 from tests.shown import decode
 
@@ -48,7 +48,7 @@ def test_adherence_rises_and_diversity_falls(explorer):
     own = torch.softmax(bayes_classifier(PARTS)(exact, torch.tensor(explorer.LOW)), 1)[:, 0]
     assert abs(sure - float(own.mean())) < 4.5 * float(own.std()) / explorer.SET**0.5
     assert abs(spread - 1) < 4.5 / explorer.SET**0.5  # of a spread in two dimensions at most 1 / sqrt(n)
-    sures, spreads = explorer.curve(0, None)
+    sures, spreads = explorer.curve(0, ALL)
     assert sures == sorted(sures) and sures[-1] > 0.999
     assert spreads == sorted(spreads, reverse=True) and spreads[-1] < 0.7
 
@@ -57,11 +57,11 @@ def test_no_guidance_at_w_1_and_none_of_the_class_at_w_0(explorer):
     label = torch.arange(10)
     D, x, sigma = explorer._D, torch.randn(10, 1, 16, 16, generator=generator(5)), torch.tensor(1.0)
     null = D.given(label=torch.full_like(label, 10))
-    assert torch.equal(explorer.guided(label, 1.0, FREE, None)(x, sigma), D.given(label=label)(x, sigma))
+    assert torch.equal(explorer.guided(label, 1.0, FREE, ALL)(x, sigma), D.given(label=label)(x, sigma))
     for kind in (FREE, BAYES):
-        assert torch.equal(explorer.guided(label, 0.0, kind, None)(x, sigma), null(x, sigma))
+        assert torch.equal(explorer.guided(label, 0.0, kind, ALL)(x, sigma), null(x, sigma))
     inside = explorer.guided(label, 4.0, BAYES, (0.2, 2.0))(x, sigma)
-    torch.testing.assert_close(inside, explorer.guided(label, 4.0, BAYES, None)(x, sigma), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(inside, explorer.guided(label, 4.0, BAYES, ALL)(x, sigma), rtol=1e-4, atol=1e-4)
 
 
 def test_bad_input_is_named(explorer):
