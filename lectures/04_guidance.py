@@ -319,6 +319,7 @@ study.GuidanceExplorer(parts, D, classifier, reader)
 KINDS = {
     "cfg": ("classifier-free", "model", "o-"),
     "classifier": ("classifier", "guide", "s-"),
+    "reader": ("reader through D", "noise", "v--"),
     "blind": ("blind classifier", "warn", "^:"),
 }
 fig, axes = plt.subplots(1, 3, figsize=(9.6, 3.2))
@@ -337,7 +338,7 @@ best = {
     kind: max(row["adherence"][0] for row in judge_guidance.rows("digits", kind)) for kind in KINDS
 }
 print({kind: round(value, 3) for kind, value in best.items()})
-assert min(best["cfg"], best["classifier"]) >= 0.99 > best["blind"]
+assert min(best["cfg"], best["classifier"]) >= 0.99 > best["reader"] > best["blind"]
 for kind in ("cfg", "classifier"):
     found = [row["diversity"] for row in judge_guidance.rows("digits", kind) if row["w"] >= 1]
     for (a, da), (b, db) in itertools.pairwise(found):
@@ -345,7 +346,7 @@ for kind in ("cfg", "classifier"):
 plt.show()
 
 # %% [markdown]
-# The two curves begin in different places: at $w=1$ the conditional network draws the class nearly always, since it was trained to; the unconditional one with a classifier of its own needs $w=4$ for that, because the classifier's gradient is not the true one (see its cosine above). Both pay with variety. For *these* digits no guidance at all has the smallest distance: guidance is a remedy for a model that does not obey, and this one does.
+# The curves begin in different places: at $w=1$ the conditional network draws the class nearly always, since it was trained to; the unconditional one with a classifier of its own needs $w=4$ for that, because the classifier's gradient is not the true one (see its cosine above). Guidance by a reader of *clean* pictures, which is shown $D(x,\sigma)$ (Bansal et al. 2023, and CLIP guidance before it), needs no training of its own and obeys worse: at high noise $D$ is a blur that such a reader was never shown. All pay with variety. For *these* digits no guidance at all has the smallest distance: guidance is a remedy for a model that does not obey, and this one does.
 
 # %% [markdown] slideshow={"slide_type": "slide"}
 # ## Experiment 2: text
@@ -454,15 +455,15 @@ study.strip([list(x.clamp(-1, 1)) for x in rows.values()], row_titles=list(rows)
 # %% [markdown] slideshow={"slide_type": "slide"}
 # - **Rescale** (Lin et al. 2024): bring the spread of the network's output back to that of the conditional answer. It treats the symptom, contrast.
 # - **Interval** (Kynkäänniemi et al. 2024): guide at middle levels only. At high noise guidance decides too early, for the most typical example; at low noise there is nothing left to decide.
-# - **A better reference.** *Autoguidance* (Karras et al. 2024) takes a worse model with the *same* condition, so that the line leads from worse to better and not from everything to the class. *Perturbed-attention guidance* (Ahn et al. 2024) makes the worse model from the same network, by taking the attention away. Both work without any condition.
+# - **A better reference.** *Autoguidance* (Karras et al. 2024) takes a worse model with the *same* condition, so that the line leads from worse to better and not from everything to the class. *Perturbed-attention guidance* (Ahn et al. 2024) makes the worse model from the same network, by taking the attention away; *self-attention guidance* (Hong et al. 2023) gives it a worse picture, blurred where it attends. All three work without any condition.
 # - **Another split.** *APG* (Sadat et al. 2025) keeps the part of the difference that changes what is shown and leaves out the part that only adds contrast; *CFG++* (Chung et al. 2025) goes to the guided picture with the unguided noise.
 #
 # Are they better? *Better* means a smaller Fréchet distance at *equal adherence*, not at equal $w$, whose meaning differs from one to the other. In brackets: plain CFG at the same adherence, between its measured scales, where it reaches that.
 
 # %%
 WORLDS = {
-    "digits": ("interval", "rescale", "apg", "cfg++", "pag", "auto"),
-    "mini-sd": ("interval", "rescale", "apg", "cfg++", "pag"),
+    "digits": ("interval", "rescale", "apg", "cfg++", "pag", "sag", "auto"),
+    "mini-sd": ("interval", "rescale", "apg", "cfg++", "pag", "sag"),
 }
 for world, kinds in WORLDS.items():
     print(f"{world:10s} {'scale':>6s} {'as asked':>9s} {'diversity':>10s}   Fréchet distance")
@@ -483,7 +484,7 @@ assert limited[8]["adherence"][0] == plain[1.5]["adherence"][0] == 1 and b > a +
 assert limited[8]["frechet"][0] < plain[8]["frechet"][0] / 3
 
 # %% [markdown]
-# On these digits the *interval* keeps its promise: at $w=8$ every digit is read as asked and more of the variety is left than CFG leaves at $w=1.5$. *Autoguidance* keeps all of it. *Rescale* and *APG* do not help: they take contrast away, and digits of hard contrast are what the data are. On `mini-sd`, CFG, its interval, rescale and CFG++ are the same within their errors, APG is worse, and perturbed attention does next to nothing in a network so small. A method that was found on photographs at $w=7$ is no law: measure it on what you have.
+# On these digits the *interval* keeps its promise: at $w=8$ every digit is read as asked and more of the variety is left than CFG leaves at $w=1.5$. *Autoguidance* keeps all of it. *Rescale* and *APG* do not help: they take contrast away, and digits of hard contrast are what the data are. On `mini-sd`, CFG, its interval, rescale and CFG++ are the same within their errors, APG is worse, perturbed attention does next to nothing in a network so small, and self-attention guidance, whose blur spans half of a latent of 8 × 8, breaks the pictures on both. A method that was found on photographs at $w=7$ is no law: measure it on what you have.
 
 # %% [markdown] slideshow={"slide_type": "slide"}
 # ## The same on Stable Diffusion
@@ -518,9 +519,11 @@ study.grid(torch.stack(shown), titles=["w = 0", "w = 1", "w = 3", "w = 7.5"], sc
 # - Y. Song et al. *Score-Based Generative Modeling through Stochastic Differential Equations.* 2021. arXiv:2011.13456 (Sec. 5, conditional scores)
 # - J. Ho, T. Salimans. *Classifier-Free Diffusion Guidance.* 2022. arXiv:2207.12598
 # - A. Bradley, P. Nakkiran. *Classifier-Free Guidance is a Predictor-Corrector.* 2024. arXiv:2408.09000 (what guidance does not sample)
+# - A. Bansal et al. *Universal Guidance for Diffusion Models.* 2023. arXiv:2302.07121 (a reader of clean pictures)
 # - S. Lin, B. Liu, J. Li, X. Yang. *Common Diffusion Noise Schedules and Sample Steps are Flawed.* 2024. arXiv:2305.08891 (rescale)
 # - T. Kynkäänniemi, M. Aittala, T. Karras, S. Laine, T. Aila, J. Lehtinen. *Applying Guidance in a Limited Interval Improves Sample and Distribution Quality in Diffusion Models.* 2024. arXiv:2404.07724
 # - T. Karras, M. Aittala, T. Kynkäänniemi, J. Lehtinen, T. Aila, S. Laine. *Guiding a Diffusion Model with a Bad Version of Itself.* 2024. arXiv:2406.02507
+# - S. Hong, G. Lee, W. Jang, S. Kim. *Improving Sample Quality of Diffusion Models Using Self-Attention Guidance.* 2023. arXiv:2210.00939
 # - D. Ahn et al. *Self-Rectifying Diffusion Sampling with Perturbed-Attention Guidance.* 2024. arXiv:2403.17377
 # - H. Chung, J. Kim, G. Y. Park, H. Nam, J. C. Ye. *CFG++: Manifold-constrained Classifier Free Guidance for Diffusion Models.* 2025. arXiv:2406.08070
 # - S. Sadat, O. Hilliges, R. M. Weber. *Eliminating Oversaturation and Artifacts of High Guidance Scales in Diffusion Models.* 2025. arXiv:2410.02416

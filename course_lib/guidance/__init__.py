@@ -2,11 +2,11 @@
 
 classifiers  Bayes' rule for scores: a classifier of noisy pictures, or a reader of clean ones
 free         classifier-free guidance, negative prompts, interval, rescale, APG, CFG++
-attention    guidance by the same network with worse attention
+attention    guidance by the same network with worse attention, or with a blur where it attends
 tilted       the density that guidance is often said to sample, exactly, and the gap
 """
 
-from course_lib.guidance.attention import pag, perturbed
+from course_lib.guidance.attention import pag, perturbed, sag
 from course_lib.guidance.classifiers import (
     Classifier,
     NetworkClassifier,
@@ -34,6 +34,7 @@ __all__ = [
     "pag",
     "perturbed",
     "reader_guidance",
+    "sag",
     "tilt_gap",
     "tilted_gaussian",
 ]

@@ -47,6 +47,27 @@ def named(net: nn.Module, layers: str | None) -> dict[str, nn.Module]:
     return found
 
 
+def maps(layer: nn.Module, x: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(d)) of a layer of either kind at its input, the mean over the heads: (B, N, N), rows sum to 1."""
+    if isinstance(layer, Attention):
+        q, k = layer.qkv(layer.norm(x)).flatten(2).transpose(1, 2).chunk(3, -1)[:2]  # (B, N, C) each
+    else:
+        q, k = layer.to_q(x), layer.to_k(x)
+    q, k = (h.unflatten(-1, (layer.heads, -1)).transpose(1, 2) for h in (q, k))  # (B, heads, N, C / heads)
+    return (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1).mean(1)
+
+
+@contextlib.contextmanager
+def observed(layer: nn.Module) -> Iterator[list[Tensor]]:
+    """Within, the maps of each call of this layer are appended to the list; its output stays as it is."""
+    kept: list[Tensor] = []
+    handle = layer.register_forward_hook(lambda layer, inputs, _: kept.append(maps(layer, inputs[0])))
+    try:
+        yield kept
+    finally:
+        handle.remove()
+
+
 @contextlib.contextmanager
 def replaced(layers: dict[str, nn.Module], output: Callable[[nn.Module, Tensor], Tensor]) -> Iterator[None]:
     """Within, each layer returns output(layer, x) instead of its own result; afterwards, also upon an error, as before."""

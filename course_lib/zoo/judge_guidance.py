@@ -7,7 +7,6 @@ so that a run that was interrupted goes on; `rows(...)` and `negative()` read it
 from __future__ import annotations
 
 import functools
-import json
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -19,7 +18,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from course_lib import devices, metrics, zoo
+from course_lib import metrics, zoo
 from course_lib.devices import SampleNoise, autocast
 from course_lib.guidance import (
     apg,
@@ -31,22 +30,22 @@ from course_lib.guidance import (
     noise_blind,
     pag,
     reader_guidance,
+    sag,
 )
 from course_lib.sample import sample
 from course_lib.steps import ddim
-from course_lib.training import write_atomically
 from course_lib.types import Denoiser, Step
 from course_lib.worlds import digits
 from course_lib.worlds.scenes.captions import parse
 from course_lib.worlds.scenes.dataset import SceneDataset
 from course_lib.worlds.scenes.labels import OF_SCENE
-from course_lib.zoo import judge_digits
+from course_lib.zoo import judge_digits, stored
 from course_lib.zoo.recipes import digits as recipe
+from course_lib.zoo.stored import Row
 
 STORED = Path(__file__).with_name("guidance.json")
 BEYOND = 0.1
 """A pixel is clipped where it lies farther than this beyond [-1, 1]: backgrounds of -1 are missed by a little in every sample."""
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -71,6 +70,7 @@ def methods(low: float, high: float) -> dict[str, Method]:
         "apg": lambda task, w: (apg(task.cond, task.ref, w), ddim),
         "cfg++": lambda task, w: (task.cond, cfg_pp(task.ref, w)),
         "pag": lambda task, w: (pag(task.cond, task.net, w), ddim),
+        "sag": lambda task, w: (sag(task.cond, task.net, w), ddim),
     }
 
 
@@ -102,6 +102,7 @@ class Digits:
         "apg": (2, 4, 8),
         "cfg++": (0.1, 0.2, 0.4),
         "pag": (0.5, 1, 2),
+        "sag": (0.5, 1, 2),
         "auto": (1.5, 2, 3),
     }
 
@@ -162,6 +163,7 @@ class MiniSD:
         "apg": (3, 7),
         "cfg++": (0.4, 0.8),
         "pag": (0.5, 1),
+        "sag": (0.5, 1),
     }
 
     def __init__(self) -> None:
@@ -263,22 +265,21 @@ def measure_negative(world: MiniSD, w: float = NEGATIVE_W, n: int = NEGATIVE_N) 
 
 # --- the file ---------------------------------------------------------------------------------------------------------
 
+COMMAND = "python -m course_lib.zoo.judge_guidance"
 WORLDS: dict[str, Callable[[], Any]] = {"digits": Digits, "mini-sd": MiniSD}
 
 
 def read() -> dict[str, Any]:
     """Everything that is stored; ValueError where nothing is."""
-    if not STORED.exists():
-        raise ValueError(f"{STORED.name} is missing; run `python -m course_lib.zoo.judge_guidance digits`")
-    return json.loads(STORED.read_text())
+    return stored.read(STORED, f"{COMMAND} digits")
 
 
 def rows(world: str, method: str) -> list[Row]:
     """The rows of one method on "digits" or "mini-sd", by growing w; ValueError, with what there is, where there are none."""
-    stored = read().get(world, {})
-    if not stored.get(method):
-        raise ValueError(f"{method!r} on {world!r} is not in {STORED.name}; expected one of {', '.join(stored) or 'nothing yet'}")
-    return sorted(stored[method], key=lambda row: row["w"])
+    found = read().get(world, {})
+    if not found.get(method):
+        raise ValueError(f"{method!r} on {world!r} is not in {STORED.name}; expected one of {', '.join(found) or 'nothing yet'}")
+    return sorted(found[method], key=lambda row: row["w"])
 
 
 def negative() -> list[Row]:
@@ -295,19 +296,14 @@ def frechet_at(world: str, method: str, adherence: float) -> float:
     return math.nan
 
 
-def _keep(stored: dict[str, Any]) -> None:
-    stored["hardware"] = devices.describe()
-    write_atomically(STORED, lambda path: path.write_text(json.dumps(stored, indent=1) + "\n"))
-
-
 def main(names: Sequence[str]) -> None:
     """Measure what is missing of the named parts: digits, mini-sd, negative; a part as NAME:METHOD is that method alone."""
-    stored = read() if STORED.exists() else {}
+    file = read() if STORED.exists() else {}
     for name in names:
         part, _, only = name.partition(":")
         if part == "negative":
-            stored["negative"] = measure_negative(MiniSD())
-            _keep(stored)
+            file["negative"] = measure_negative(MiniSD())
+            stored.keep(STORED, file)
             continue
         if part not in WORLDS:
             raise ValueError(f"{part!r}; expected digits, mini-sd or negative")
@@ -315,12 +311,12 @@ def main(names: Sequence[str]) -> None:
         for method, scales in world.scales.items():
             if only and method != only:
                 continue
-            done = stored.setdefault(part, {}).setdefault(method, [])
+            done = file.setdefault(part, {}).setdefault(method, [])
             for w in scales:
                 if all(row["w"] != w for row in done):
                     done.append(world.measure(method, w))
                     print(part, method, done[-1], flush=True)
-                    _keep(stored)
+                    stored.keep(STORED, file)
 
 
 if __name__ == "__main__":

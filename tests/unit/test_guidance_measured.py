@@ -112,7 +112,7 @@ def test_the_frechet_distance_at_an_adherence_lies_between_its_rows(monkeypatch)
     stored = {"digits": {"cfg": [{"w": w, "adherence": [a, 0], "frechet": [f, 0]} for w, a, f in ((2, 0.9, 3.0), (1, 0.8, 1.0))]}}
     monkeypatch.setattr(judge_guidance, "read", lambda: stored)
     assert [row["w"] for row in judge_guidance.rows("digits", "cfg")] == [1, 2]
-    assert judge_guidance.frechet_at("digits", "cfg", 0.85) == pytest.approx(2.0)
+    assert judge_guidance.frechet_at("digits", "cfg", 0.85) == pytest.approx(2.0)  # half way from (0.8, 1) to (0.9, 3)
     assert judge_guidance.frechet_at("digits", "cfg", 0.95) != judge_guidance.frechet_at("digits", "cfg", 0.95)  # nan
     with pytest.raises(ValueError, match="'apg' on 'digits' is not in guidance.json; expected one of cfg"):
         judge_guidance.rows("digits", "apg")
@@ -131,6 +131,23 @@ def test_on_digits_adherence_rises_to_99_percent_and_diversity_falls(method):
         (before, s), (after, t) = a["diversity"], b["diversity"]
         assert after - before <= 3 * (s**2 + t**2) ** 0.5
     assert rows[-1]["diversity"][0] < rows[0]["diversity"][0] - 3 * (rows[0]["diversity"][1] + rows[-1]["diversity"][1])
+
+
+def test_a_reader_of_clean_pictures_guides_and_less_than_a_classifier_that_knows_the_noise():
+    reader, classifier = (
+        {row["w"]: row["adherence"] for row in judge_guidance.rows("digits", of)} for of in ("reader", "classifier")
+    )
+    for a, b in pairwise(sorted(reader)):
+        assert reader[b][0] > reader[a][0] + 3 * (reader[a][1] ** 2 + reader[b][1] ** 2) ** 0.5
+    for w, (adherence, error) in reader.items():
+        assert classifier[w][0] > adherence + 3 * (error**2 + classifier[w][1] ** 2) ** 0.5
+
+
+@pytest.mark.parametrize("world", ["digits", "mini-sd"])
+def test_self_attention_guidance_is_no_better_than_the_page_says(world):
+    """The distance grows with w, by more than three standard errors from the first scale to the last."""
+    first, *_, last = judge_guidance.rows(world, "sag")
+    assert last["frechet"][0] > first["frechet"][0] + 3 * (first["frechet"][1] ** 2 + last["frechet"][1] ** 2) ** 0.5
 
 
 def test_a_negative_prompt_leaves_at_most_a_tenth():
