@@ -68,6 +68,16 @@ def _measured(metrics: dict[str, Any]) -> str:
     if "seeds" in metrics:
         three = [", ".join(f"{row[key]:.2f}" for row in metrics["seeds"]) for key in ("precision", "recall")]
         return f"three seeds: precision {three[0]}; recall {three[1]}"
+    if "joint" in metrics:
+        names = {
+            "pictures_of_attributes": "pictures of attributes",
+            "attributes_of_pictures": "attributes of pictures",
+            "joint": "both",
+        }
+        return "all five attributes agree: " + ", ".join(f"{words} {metrics[key]['all']:.0%}" for key, words in names.items())
+    if "never_trained" in metrics:
+        gains = ", ".join(f"{row['size']} px: {row['gain'][0]:+.2f} dB" for row in metrics["sizes"])
+        return f"beside bicubic enlargement of the decoded 64 px, {gains}"
     quality, read = metrics["quality_at_guidance_1"], min(metrics["class_read_as_asked"].values())
     return f"class read as asked {read:.1%}, precision {quality['precision']:.2f}, recall {quality['recall']:.2f}"
 

@@ -6,6 +6,7 @@ from course_lib.study.explorer import Explorer
 from course_lib.study.explorers import ReverseExplorer, ScheduleExplorer
 from course_lib.study.flows import FlowExplorer
 from course_lib.study.guidance import GuidanceExplorer
+from course_lib.study.latents import LatentExplorer
 from course_lib.study.particles import ParticleExplorer
 from course_lib.study.pictures import animate, canvas, grid, png, render, strip, tile
 from course_lib.study.points import density, field, outline, plane, scatter
@@ -20,6 +21,7 @@ __all__ = [
     "Explorer",
     "FlowExplorer",
     "GuidanceExplorer",
+    "LatentExplorer",
     "ParticleExplorer",
     "PromptExplorer",
     "ReverseExplorer",

@@ -37,6 +37,8 @@ RECIPES = {
     "scenes-reader": "course_lib.zoo.recipes.scenes_reader",
     "scenes-reader-2": "course_lib.zoo.recipes.scenes_reader",
     "mini-sd": "course_lib.zoo.recipes.mini_sd",
+    "mini-sd-any-scale": "course_lib.zoo.recipes.any_scale",
+    "scenes-joint": "course_lib.zoo.recipes.scenes_joint",
     **{
         f"{world}-{family}": "course_lib.zoo.recipes.compared"
         for world in ("ring", "digits")

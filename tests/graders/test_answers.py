@@ -389,3 +389,138 @@ def test_what_a_real_network_or_sampler_would_refuse_is_said_set_04():
     ):
         result = verdicts.judge(item_id, fn)
         assert result.status == verdicts.WRONG and words in result.message, (item_id, result)
+
+
+def test_a_right_answer_written_in_another_way_passes_set_05():
+    def by_distributions(mean, logvar, eps):
+        q = torch.distributions.Normal(mean, torch.exp(0.5 * logvar))
+        kl = torch.distributions.kl_divergence(q, torch.distributions.Normal(0.0, 1.0))
+        return torch.addcmul(mean, q.stddev, eps), torch.stack([one.sum() for one in kl])
+
+    def by_rows_of_channels(latents, z, y):
+        rows = latents.transpose(0, 1).flatten(1)
+        shift, std = rows.mean(1), rows.var(1, correction=0).sqrt()
+        m, s = shift.reshape(1, -1, 1, 1), std.reshape(1, -1, 1, 1)
+        return [shift, std**-1, z / s - m / s, torch.addcmul(m, y, s)]
+
+    def head_by_head(q, k, v, mask, heads):
+        d, out = q.shape[-1] // heads, torch.empty_like(q)
+        for h in range(heads):
+            one = slice(h * d, (h + 1) * d)
+            weights = torch.einsum("bnd,bld->bnl", q[..., one], k[..., one]).div(math.sqrt(d)).exp() * mask[:, None]
+            out[..., one] = weights / weights.sum(-1, keepdim=True) @ v[..., one]
+        return out
+
+    def by_torch(q, k, v, mask, heads):
+        q, k, v = (part.reshape(*part.shape[:2], heads, -1).permute(0, 2, 1, 3) for part in (q, k, v))
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask[:, None, None])
+        return out.permute(0, 2, 1, 3).flatten(2)
+
+    def by_layers(x, emb, weight, bias, attention, mlp):
+        norm = torch.nn.LayerNorm(x.shape[-1], elementwise_affine=False)  # eps = 1e-5
+        six = torch.nn.functional.linear(emb * torch.sigmoid(emb), weight, bias).reshape(len(x), 6, 1, -1).unbind(1)
+        for (shift, scale, gate), branch in ((six[:3], attention), (six[3:], mlp)):
+            x = x + branch(torch.addcmul(shift, norm(x), scale + 1)) * gate
+        return x
+
+    def by_unfold(x, tokens, size):
+        cut = torch.nn.functional.unfold(x, size, stride=size).transpose(1, 2)
+        return cut, torch.nn.functional.fold(tokens.transpose(1, 2), x.shape[-2:], size, stride=size)
+
+    def in_sigma(net, mean, std, scale, words, empty, alpha_bar, u, p, eps_z, eps):
+        text, mask = words[0].clone(), words[1].clone()
+        for b in range(len(u)):
+            if float(u[b]) < p:
+                text[b], mask[b] = empty
+        z0, sigma = mean * scale + scale * std * eps_z, (1 / alpha_bar - 1).sqrt()[:, None, None, None]
+        c = (1 + sigma**2).sqrt()
+        return torch.nn.functional.mse_loss(net((z0 + sigma * eps) / c, alpha_bar, text, mask), (eps - sigma * z0) / c)
+
+    def by_log_snr(sigma, t, d0, d):
+        log_snr = -2 * sigma.log() + 2 * math.log(d0 / d)
+        return (-log_snr / 2).exp(), t * d / (d0 * (1 - t) + d * t)
+
+    def in_units_of_the_picture(f, features, at):
+        h, w = features.shape[-2:]
+        y, x = (torch.arange(n, dtype=at.dtype) * 2 / n + 1 / n - 1 for n in (h, w))
+        top, left = ((c[None] <= p[:, None]).sum(1) - 1 for c, p in ((y, at[:, 0]), (x, at[:, 1])))
+        said, areas = [], []
+        for i, j in ((0, 0), (0, 1), (1, 0), (1, 1)):
+            centre = torch.stack([y[top + i], x[left + j]], 1)
+            opposite = torch.stack([y[top + 1 - i], x[left + 1 - j]], 1)
+            areas.append((at - opposite).abs().prod(1))
+            said.append(f(features[:, :, top + i, left + j].permute(0, 2, 1), (at - centre) * torch.tensor([h / 2, w / 2])))
+        return sum(a[:, None] * one for a, one in zip(areas, said, strict=True)) / sum(areas)[:, None]
+
+    def in_one_call(net, x, sigma, a, noise, t_of_sigma, last):
+        alpha = (1 + sigma * sigma) ** -0.5
+        n, y = len(x), alpha * torch.cat([x, x])
+        time_a = torch.cat([torch.zeros(n), torch.full((n,), last)])
+        v = net(y, torch.cat([a, noise]), t_of_sigma(sigma).expand(2 * n), time_a)[0]
+        return (alpha * y - sigma * alpha * v).chunk(2)
+
+    for item_id, fn in (("05.1", by_distributions), ("05.2", by_rows_of_channels), ("05.3", head_by_head), ("05.3", by_torch),
+                        ("05.4", by_layers), ("05.5", by_unfold), ("05.6", in_sigma), ("05.7", by_log_snr),
+                        ("05.8", in_units_of_the_picture), ("05.9", in_one_call)):  # fmt: skip
+        result = verdicts.judge(item_id, fn)
+        assert result.correct, (item_id, result.message)
+
+
+def test_the_library_is_no_answer_set_05():
+    from course_lib import shifts
+    from course_lib.denoisers import from_v
+    from course_lib.nets import dit, liif
+    from course_lib.nets.crossattention import CrossAttention
+    from course_lib.nets.vae import Posterior
+    from course_lib.schedules import Flow
+
+    def kl(mean, logvar, eps):
+        return mean, Posterior(mean, logvar).kl()
+
+    def attention(q, k, v, mask, heads):
+        return CrossAttention(q.shape[-1], q.shape[-1], heads).double()(q, k, mask)
+
+    def block(x, emb, weight, bias, attention, mlp):
+        return dit.modulate(x, x[:, 0], x[:, 0])
+
+    def patches(x, tokens, size):
+        return dit.patchify(x, size), dit.unpatchify(tokens, size, x.shape[-2:])
+
+    def shifted(sigma, t, d0, d):
+        return sigma, shifts.Shifted(Flow(), d / d0).std(t)
+
+    def query(f, features, at):
+        return liif.ensemble(lambda z, away, cell: f(z, away), features, at, at[0]).transpose(1, 2)
+
+    def joint(net, x, sigma, a, noise, t_of_sigma, last):
+        D = from_v(lambda y, t: net(y, a, t, 0.0)[0], t_of_sigma)
+        return D(x, sigma), D(x, sigma)
+
+    for item_id, fn in {"05.1": kl, "05.3": attention, "05.4": block, "05.5": patches, "05.7": shifted, "05.8": query,
+                        "05.9": joint}.items():  # fmt: skip
+        result = verdicts.judge(item_id, fn)
+        assert result.status == verdicts.WRONG and "is the answer itself" in result.message, (item_id, result)
+
+
+def test_what_a_real_network_would_refuse_is_said_set_05():
+    def no_words(net, mean, std, scale, words, empty, alpha_bar, u, p, eps_z, eps):
+        mask = words[1] & (u >= p)[:, None]
+        return net(mean, alpha_bar, words[0], mask).mean()
+
+    def sigma_beyond(net, x, sigma, a, noise, t_of_sigma, last):
+        return net(x, a, t_of_sigma(sigma), 2 * last)
+
+    def tokens_flat(x, emb, weight, bias, attention, mlp):
+        return attention(x.flatten(1))
+
+    def one_offset_a_sample(f, features, at):
+        return f(features.flatten(2), at)
+
+    for item_id, fn, words in (
+        ("05.4", tokens_flat, "attention is called on shape"),
+        ("05.6", no_words, "without a single word"),
+        ("05.8", one_offset_a_sample, "f is asked with z of shape"),
+        ("05.9", sigma_beyond, "expected 0 to 1000"),
+    ):
+        result = verdicts.judge(item_id, fn)
+        assert result.status == verdicts.WRONG and words in result.message, (item_id, result)
