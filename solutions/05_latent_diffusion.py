@@ -426,8 +426,8 @@ with torch.no_grad():
             sum(float(step_loss(held, words, 1000 + seed, p, a)) for seed in range(4)) / 4
             for a in LEVELS
         ]
-right, none, wrong = errors.values()
-assert right[0] < none[0] < wrong[0] and right[1] < none[1] < wrong[1]
+own, none, other = errors.values()
+assert own[0] < none[0] < other[0] and own[1] < none[1] < other[1]
 fig, ax = plt.subplots(figsize=(6.8, 3.4))
 for (name, error), role, look in zip(
     errors.items(), ("model", "muted", "warn"), ("o-", "^:", "s--"), strict=True
