@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from course_lib.nets.dit import patchify, unpatchify
 from course_lib.nets.embedding import TimeEmbedding
 from course_lib.nets.unet import zero
-from course_lib.nets.uvit import UViTBlock
+from course_lib.nets.uvit import LongSkips
 
 LAST = 1_000.0
 """The network is told times from 0, nothing noised, to this, nothing left."""
 
 
-class JointViT(nn.Module):
+class JointViT(LongSkips):
     """net(x (B, C, H, W), a (B, sum(sizes)), time_x, time_a) -> the predictions of v for both, of their shapes; 0 at the start.
 
     A U-ViT whose tokens are both times, one token for each attribute (`sizes` are their numbers of values), and the patches
@@ -34,17 +34,13 @@ class JointViT(nn.Module):
         side: int = 4,
     ):
         super().__init__()
-        if depth % 2 == 0:
-            raise ValueError(f"depth = {depth}; expected an odd number: as many blocks before the middle one as after it")
         self.sizes, self.patch, self.side, self.channels = list(sizes), patch, side, channels
         self.time_x, self.time_a = TimeEmbedding(width, 256), TimeEmbedding(width, 256)
         self.embed_x = nn.Linear(channels * patch**2, width)
         self.embed_a = nn.ModuleList(nn.Linear(size, width) for size in sizes)
         self.extra = 2 + len(self.sizes)
         self.positions = nn.Parameter(0.02 * torch.randn(self.extra + side**2, width))
-        self.before = nn.ModuleList(UViTBlock(width, heads, False) for _ in range(depth // 2))
-        self.middle = UViTBlock(width, heads, False)
-        self.after = nn.ModuleList(UViTBlock(width, heads, True) for _ in range(depth // 2))
+        self.add_blocks(width, depth, heads)
         self.last_norm = nn.LayerNorm(width)
         self.last_x = zero(nn.Linear(width, patch**2 * channels))
         self.last_a = nn.ModuleList(zero(nn.Linear(width, size)) for size in sizes)
@@ -59,14 +55,7 @@ class JointViT(nn.Module):
         times = [embed(time.expand(len(x)))[:, None] for embed, time in ((self.time_x, time_x), (self.time_a, time_a))]
         named = [embed(part)[:, None] for embed, part in zip(self.embed_a, a.split(self.sizes, 1), strict=True)]
         h = torch.cat([*times, *named, self.embed_x(patchify(x, self.patch))], 1) + self.positions
-        kept = []
-        for block in self.before:
-            h = block(h)
-            kept.append(h)
-        h = self.middle(h)
-        for block in self.after:
-            h = block(h, kept.pop())
-        h = self.last_norm(h)
+        h = self.last_norm(self.through(h))
         a = torch.cat([last(h[:, 2 + k]) for k, last in enumerate(self.last_a)], 1)
         return unpatchify(self.last_x(h[:, self.extra :]), self.patch, x.shape[-2:]), a
 

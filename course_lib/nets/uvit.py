@@ -26,7 +26,33 @@ class UViTBlock(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
-class UViT(nn.Module):
+class LongSkips(nn.Module):
+    """Blocks before a middle one, which keep what they give, and as many after it, which join it, last to first.
+
+    Bao et al. 2023, Sec. 3.1. A network on tokens (B, N, C) calls `add_blocks` in its constructor and `through` in its pass.
+    """
+
+    def add_blocks(self, width: int, depth: int, heads: int) -> None:
+        """Raises ValueError for an even `depth`."""
+        if depth % 2 == 0:
+            raise ValueError(f"depth = {depth}; expected an odd number: as many blocks before the middle one as after it")
+        self.before = nn.ModuleList(UViTBlock(width, heads, False) for _ in range(depth // 2))
+        self.middle = UViTBlock(width, heads, False)
+        self.after = nn.ModuleList(UViTBlock(width, heads, True) for _ in range(depth // 2))
+
+    def through(self, h: Tensor) -> Tensor:
+        """Tokens through all blocks."""
+        kept = []
+        for block in self.before:
+            h = block(h)
+            kept.append(h)
+        h = self.middle(h)
+        for block in self.after:
+            h = block(h, kept.pop())
+        return h
+
+
+class UViT(LongSkips):
     """net(x (B, C, H, W), time (B,) or 0-d, label (B,) or None) -> (B, out, H, W); 0 at the start.
 
     Tokens: one for the time, one for the class, one for each patch, with learned positions, so that pictures have one size,
@@ -47,8 +73,6 @@ class UViT(nn.Module):
         out: int | None = None,
     ):
         super().__init__()
-        if depth % 2 == 0:
-            raise ValueError(f"depth = {depth}; expected an odd number: as many blocks before the middle one as after it")
         out = channels if out is None else out
         self.patch, self.side, self.classes = patch, side, classes
         self.embed = nn.Linear(channels * patch**2, width)
@@ -56,9 +80,7 @@ class UViT(nn.Module):
         self.label = nn.Embedding(classes + 1, width) if classes else None
         self.extra = 2 if classes else 1
         self.positions = nn.Parameter(0.02 * torch.randn(self.extra + side**2, width))
-        self.before = nn.ModuleList(UViTBlock(width, heads, False) for _ in range(depth // 2))
-        self.middle = UViTBlock(width, heads, False)
-        self.after = nn.ModuleList(UViTBlock(width, heads, True) for _ in range(depth // 2))
+        self.add_blocks(width, depth, heads)
         self.last_norm, self.last = nn.LayerNorm(width), zero(nn.Linear(width, patch**2 * out))
         self.smooth = nn.Conv2d(out, out, 3, padding=1)  # over the seams of the patches
         nn.init.zeros_(self.smooth.bias)
@@ -71,12 +93,5 @@ class UViT(nn.Module):
             null = torch.full((len(x),), self.classes, device=x.device)
             tokens.append(self.label(null if label is None else label)[:, None])
         h = torch.cat([*tokens, self.embed(patchify(x, self.patch))], 1) + self.positions  # (B, extra + side^2, width)
-        kept = []
-        for block in self.before:
-            h = block(h)
-            kept.append(h)
-        h = self.middle(h)
-        for block in self.after:
-            h = block(h, kept.pop())
-        h = self.last(self.last_norm(h[:, self.extra :]))
+        h = self.last(self.last_norm(self.through(h)[:, self.extra :]))
         return self.smooth(unpatchify(h, self.patch, x.shape[-2:]))
