@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from course_lib.adaptive import sample_adaptive
+from course_lib.denoisers import Counted
 from course_lib.devices import SampleNoise
 from course_lib.langevin import predictor_corrector
 from course_lib.multistep import deis, dpm_solver_pp_2m, dpm_solver_pp_3m, ipndm, lms, plms, unip, unipc
@@ -53,30 +54,19 @@ RULES: dict[str, Rule] = {
 """The public rules by their names, each at the order at which it is used."""
 
 
-class Counting:
-    """A Denoiser that counts its calls."""
-
-    def __init__(self, D: Denoiser):
-        self.D, self.calls = D, 0
-
-    def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
-        self.calls += 1
-        return self.D(x, sigma)
-
-
 def in_samplers(D: Denoiser, x: Tensor, steps: int) -> Iterator[tuple[str, Callable[[], Any], int]]:
     """Each rule in `sample`, and the adaptive loop, from x at level HIGH: name, a run, and the calls of D that it makes."""
     grid = karras(steps, LOW, HIGH)
     for name, make in RULES.items():
         step = make(SampleNoise(0))
-        sample(counted := Counting(D), x, grid, step)
+        sample(counted := Counted(D), x, grid, step)
         yield name, lambda step=step: sample(D, x, grid, step), counted.calls
 
     def adaptive(D: Denoiser) -> Any:
         # each run with its own stream, from its start: the noise decides how many calls it takes
         return sample_adaptive(D, x, HIGH, HIGH / 2, SampleNoise(0), rtol=0.5, first=0.1)
 
-    adaptive(counted := Counting(D))
+    adaptive(counted := Counted(D))
     yield "sample_adaptive", lambda: adaptive(D), counted.calls
 
 
@@ -195,5 +185,5 @@ def beside(peer: Peer, x: Tensor, steps: int) -> tuple[Callable[[], Any], int, C
         vars(scheduler).update({name: list(value) for name, value in vars(ready).items() if isinstance(value, list)})
         return peer.walk(scheduler, out, x, source)
 
-    ours(counted := Counting(lambda x, sigma: out))
+    ours(counted := Counted(lambda x, sigma: out))
     return lambda: ours(lambda x, sigma: out), counted.calls, theirs, theirs()

@@ -20,6 +20,7 @@ from PIL import Image as pillow
 from torch import Tensor
 
 from course_lib import metrics
+from course_lib.denoisers import Counted
 from course_lib.devices import SampleNoise, generator, one_thread
 from course_lib.gaussians import Mixture
 from course_lib.sample import Trajectory, sample
@@ -367,15 +368,11 @@ class SamplerExplorer(Panel):
         return pictures.small_png(sheet)
 
 
-class _Counted:
+class _Counted(Counted):
     """A Denoiser that counts its calls, and is refused where its answer has another shape: that would broadcast unseen."""
 
-    def __init__(self, D: Denoiser):
-        self._D, self.calls = D, 0
-
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
-        self.calls += 1
-        x0 = self._D(x, sigma)
+        x0 = super().__call__(x, sigma)
         if x0.shape != x.shape:
             raise ValueError(f"D returned shape {tuple(x0.shape)} for x of shape {tuple(x.shape)}; expected the same")
         return x0

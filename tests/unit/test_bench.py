@@ -15,7 +15,8 @@ from torch.testing import assert_close
 from typer.testing import CliRunner
 
 from course_lib import bench, bench_rules, cli, langevin, multistep, sdes, singlestep, steps, stochastic
-from course_lib.bench_rules import PEERS, RULES, Counting, beside, in_samplers
+from course_lib.bench_rules import PEERS, RULES, beside, in_samplers
+from course_lib.denoisers import Counted
 from course_lib.stage.demos import Demo
 from course_lib.study import Explorer
 from course_lib.worlds.toys import classroom_roll, three_blobs
@@ -111,7 +112,7 @@ CALLS = {"heun": 2, "dpm_solver_2": 2, "dpm_solver_3": 3, "dpm_solver_pp_2s": 2,
 
 def test_a_rule_is_held_against_as_many_calls_as_it_makes():
     """Rules of several evaluations make one in the step to 0; PLMS begins with two, and a correction has one of its own."""
-    D, walks = Counting(three_blobs().denoiser), 6
+    D, walks = Counted(three_blobs().denoiser), 6
     for name, run, calls in in_samplers(D, normal(4, 2), walks):
         if name != "sample_adaptive":
             extra = {"plms": 1, "predictor_corrector": walks - 1}.get(name, 0)
