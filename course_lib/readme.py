@@ -75,6 +75,10 @@ def _measured(metrics: dict[str, Any]) -> str:
             "joint": "both",
         }
         return "all five attributes agree: " + ", ".join(f"{words} {metrics[key]['all']:.0%}" for key, words in names.items())
+    if "psnr_of_denoised" in metrics:
+        denoised = ", ".join(f"{db:.1f} dB at noise level {sigma}" for sigma, db in metrics["psnr_of_denoised"].items())
+        distance = f"Fréchet distance {metrics['frechet']:.3f}, real {metrics['frechet_of_real']:.3f}"
+        return f"held-out pictures denoised to {denoised}; {distance}"
     if "never_trained" in metrics:
         gains = ", ".join(f"{row['size']} px: {row['gain'][0]:+.2f} dB" for row in metrics["sizes"])
         return f"beside bicubic enlargement of the decoded 64 px, {gains}"

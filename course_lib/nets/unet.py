@@ -6,7 +6,7 @@ mirror image, each block also fed the kept result of its level. Time and class e
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -171,3 +171,18 @@ class UNet(nn.Module):
             else:
                 h = layer(F.interpolate(h, scale_factor=2.0, mode="nearest"))
         return self.last(F.silu(self.last_norm(h)))
+
+
+class Folded(nn.Module):
+    """A U-Net that sees 2 x 2 pixels as four times the channels: a quarter of the places, and of the time (Shi et al. 2016).
+
+    (B, C, H, W) -> (B, C, H, W); `widths` and the rest are those of the U-Net inside, at half the resolution. Its layers for
+    whole pixels, which cost the most, are what is left out (Hoogeboom et al. 2023).
+    """
+
+    def __init__(self, channels: int, widths: tuple[int, ...], **options: Any):
+        super().__init__()
+        self.unet = UNet(4 * channels, widths, **options)
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        return F.pixel_shuffle(self.unet(F.pixel_unshuffle(x, 2), time), 2)

@@ -32,13 +32,13 @@ class LongSkips(nn.Module):
     Bao et al. 2023, Sec. 3.1. A network on tokens (B, N, C) calls `add_blocks` in its constructor and `through` in its pass.
     """
 
-    def add_blocks(self, width: int, depth: int, heads: int) -> None:
-        """Raises ValueError for an even `depth`."""
+    def add_blocks(self, width: int, depth: int, heads: int, skips: bool = True) -> None:
+        """Raises ValueError for an even `depth`; without `skips` it is a plain transformer."""
         if depth % 2 == 0:
             raise ValueError(f"depth = {depth}; expected an odd number: as many blocks before the middle one as after it")
         self.before = nn.ModuleList(UViTBlock(width, heads, False) for _ in range(depth // 2))
         self.middle = UViTBlock(width, heads, False)
-        self.after = nn.ModuleList(UViTBlock(width, heads, True) for _ in range(depth // 2))
+        self.after = nn.ModuleList(UViTBlock(width, heads, skips) for _ in range(depth // 2))
 
     def through(self, h: Tensor) -> Tensor:
         """Tokens through all blocks."""
@@ -57,7 +57,8 @@ class UViT(LongSkips):
 
     Tokens: one for the time, one for the class, one for each patch, with learned positions, so that pictures have one size,
     `side` patches on a side. The first half of the blocks keep what they give, the second half join it, last to first
-    (Bao et al. 2023, Sec. 3.1). `classes` > 0 adds a class token whose last index is the null class, as in `UNet`.
+    (Bao et al. 2023, Sec. 3.1); without `skips` it is a plain vision transformer (ViT). `classes` > 0 adds a class token whose
+    last index is the null class, as in `UNet`.
     Raises ValueError for an even `depth`, and for pictures of another size.
     """
 
@@ -71,6 +72,7 @@ class UViT(LongSkips):
         side: int = 4,
         classes: int = 0,
         out: int | None = None,
+        skips: bool = True,
     ):
         super().__init__()
         out = channels if out is None else out
@@ -80,7 +82,7 @@ class UViT(LongSkips):
         self.label = nn.Embedding(classes + 1, width) if classes else None
         self.extra = 2 if classes else 1
         self.positions = nn.Parameter(0.02 * torch.randn(self.extra + side**2, width))
-        self.add_blocks(width, depth, heads)
+        self.add_blocks(width, depth, heads, skips)
         self.last_norm, self.last = nn.LayerNorm(width), zero(nn.Linear(width, patch**2 * out))
         self.smooth = nn.Conv2d(out, out, 3, padding=1)  # over the seams of the patches
         nn.init.zeros_(self.smooth.bias)

@@ -82,6 +82,22 @@ def _guidance() -> Panel:
     return study.GuidanceExplorer(toys.three_classes(), D, classifier, reader)
 
 
+def _latents() -> Panel:
+    from course_lib import study, zoo
+
+    return study.LatentExplorer(zoo.load("mini-sd"))
+
+
+def _inverse() -> Panel:
+    import torch
+
+    from course_lib import study, zoo
+    from course_lib.worlds.scenes.dataset import SceneDataset
+
+    D, pictures = zoo.load("scenes-prior", device="cpu"), SceneDataset(8, 61, 32).pictures(torch.arange(8))
+    return study.InverseExplorer(D, pictures, low=0.01, high=40.0)
+
+
 DEMOS: dict[str, Demo] = {
     "00": Demo("Start here", {"the world": _world, "a prompt becomes a picture": _prompt}),
     "01": Demo("The forward process", {"into noise": _schedules, "and back, by DDIM": lambda: _digits("DDIM")}),
@@ -89,6 +105,8 @@ DEMOS: dict[str, Demo] = {
     "03": Demo("Score SDEs and fast samplers", {"samplers at equal cost": _samplers}),
     "03b": Demo("Flows and few steps", {"straight and bent flows": _flows}),
     "04": Demo("Guidance", {"guidance": _guidance}),
+    "05": Demo("Latent diffusion and architectures", {"latents and words": _latents}),
+    "06": Demo("Inverse problems I: replacement and linear solvers", {"two solvers, one prior": _inverse}),
 }
 """Lecture number -> what is shown; a new lecture's explorer is one row here."""
 

@@ -18,7 +18,7 @@ from course_lib.grading.paths import CourseError
 TEMPLATES = Path(__file__).parent / "jupyter"  # a Jupyter data folder: Voilà's template "course", and a kernel
 KERNEL = {"name": "course", "display_name": "The course", "language": "python"}  # in TEMPLATES: one that does not chat
 HOST = "127.0.0.1"  # this machine only
-FRONT_END = ["@jupyter-widgets/jupyterlab-manager", "anywidget", "@voila-dashboards/widgets-manager8"]
+FRONT_END = ["@jupyter-widgets/jupyterlab-manager", "anywidget", "ipycanvas", "@voila-dashboards/widgets-manager8"]
 """The parts of JupyterLab that a page loads: others want modules that a page of Voilà does not have."""
 
 

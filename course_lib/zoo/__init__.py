@@ -39,6 +39,7 @@ RECIPES = {
     "mini-sd": "course_lib.zoo.recipes.mini_sd",
     "mini-sd-any-scale": "course_lib.zoo.recipes.any_scale",
     "scenes-joint": "course_lib.zoo.recipes.scenes_joint",
+    "scenes-prior": "course_lib.zoo.recipes.scenes_prior",
     **{
         f"{world}-{family}": "course_lib.zoo.recipes.compared"
         for world in ("ring", "digits")

@@ -25,7 +25,7 @@ from course_lib.denoisers import NetworkDenoiser, discrete_of, from_diffusers
 from course_lib.devices import channels_last, pick_device
 from course_lib.schedules import Flow, Schedule
 from course_lib.types import float64
-from course_lib.zoo import ZooError, folders
+from course_lib.zoo import ZooError, folders, scaling
 from course_lib.zoo.hub import instead
 
 SUPPORTED = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusion3Pipeline", "DDPMPipeline")
@@ -240,30 +240,22 @@ class Pretrained:
             return images
         posterior = self.vae.encode(images).latent_dist
         z = posterior.mean if noise is None else posterior.mean + posterior.std * noise
-        shift, scale = self._latent_scale(z)
+        shift, scale = scaling.of(self.vae.config, z)
         return (z - shift) / scale
 
     def decode(self, latents: Tensor, clamp: bool = True) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1] of scaled latents; `clamp=False` leaves the VAE's output, and its gradient, as it is.
 
-        For a model of pixels only the clamp remains. Gradients flow to the latents.
+        For a model of pixels only the clamp remains. Gradients flow to the latents. Raises ZooError for another number of
+        channels and another device; warns of latents that seem not to be scaled, whose deviation is above 4.
         """
         if self.vae is None:
             images = latents
         else:
-            shift, scale = self._latent_scale(latents)
+            scaling.check(latents, self.vae.config, self.device, self.name)
+            shift, scale = scaling.of(self.vae.config, latents)
             images = self.vae.decode(latents * scale + shift, return_dict=False)[0]
         return images.clamp(-1, 1) if clamp else images
-
-    def _latent_scale(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Shift and scale of the VAE's own latents, (C, 1, 1) or 0-d: its latent = scale z + shift."""
-        config = self.vae.config
-        mean, std = config.get("latents_mean"), config.get("latents_std")
-        if mean is not None and std is not None:
-            shift, scale = (torch.tensor(v, device=z.device, dtype=z.dtype).reshape(-1, 1, 1) for v in (mean, std))
-        else:
-            shift, scale = z.new_tensor(config.get("shift_factor") or 0.0), z.new_tensor(1.0)
-        return shift, scale / config.scaling_factor
 
 
 def _network(pipeline: Any) -> nn.Module:

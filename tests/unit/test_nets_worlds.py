@@ -10,8 +10,9 @@ from torch.testing import assert_close
 from course_lib.nets import reader, unet
 from course_lib.nets.embedding import TimeEmbedding
 from course_lib.nets.mlp import MLP
-from course_lib.nets.unet import Attention, ResBlock, UNet
+from course_lib.nets.unet import Attention, Folded, ResBlock, UNet
 from course_lib.worlds import digits, toys
+from tests.draws import normal
 
 SE = 4.5  # standard errors
 F64 = torch.float64
@@ -95,6 +96,15 @@ def test_unet_names_widths_that_do_not_divide(widths):
         assert "width" in str(error)
     else:
         assert net(torch.zeros(1, 1, 8, 8), torch.zeros(1)).shape == (1, 1, 8, 8)
+
+
+@torch.no_grad()
+def test_a_folded_unet_sees_four_pixels_as_channels():
+    """Nothing but the U-Net mixes them: moved by two pixels within the padding, what is folded moves by one."""
+    net, x = Folded(3, (8, 16), blocks=1, attention=()), normal(2, 3, 8, 8).float()
+    assert net(x, torch.tensor(1.0)).shape == x.shape and float(net(x, torch.tensor(1.0)).abs().max()) == 0
+    net.unet.forward = lambda folded, time: folded.roll(1, -1)
+    assert torch.equal(net(x, torch.tensor(1.0)), x.roll(2, -1))
 
 
 def test_unet_is_short_enough_to_read():

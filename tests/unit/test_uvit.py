@@ -52,6 +52,14 @@ def test_a_joined_block_depends_on_what_was_kept():
     assert float((block(x, kept) - block(x, 0 * kept)).abs().max()) > 0.01
 
 
+@torch.no_grad()
+def test_without_skips_it_is_a_chain_of_equal_blocks():
+    net, x = UViT(width=32, depth=3, heads=4, skips=False), normal(2, 5, 32).float()
+    names = {frozenset(name for name, _ in block.named_parameters()) for block in (*net.before, net.middle, *net.after)}
+    assert len(names) == 1
+    assert torch.equal(net.through(x), net.after[0](net.middle(net.before[0](x))))
+
+
 def test_bad_shapes_are_named():
     with pytest.raises(ValueError, match="depth = 4; expected an odd number"):
         UViT(depth=4)

@@ -129,6 +129,21 @@ def test_sides_that_the_vae_cannot_take(shape, saved):
     model.encode(torch.zeros(1, 3, 18, 22))
 
 
+def test_latents_that_the_model_cannot_decode(saved):
+    model = zoo.load(str(saved / "sd"), device="cpu")
+    z = torch.randn(1, *model.shape)
+    with pytest.raises(zoo.ZooError, match=r"latents has shape .*; expected \(B, 4, h, w\) for model"):
+        model.decode(z[:, :3])
+    with pytest.raises(zoo.ZooError, match=r"latents is on meta, .* on cpu; expected one device"):
+        model.decode(z.to("meta"))
+    with pytest.warns(UserWarning, match=r"latents has the deviation .*; expected about 1, as `encode`") as caught:
+        model.decode(5.5 * torch.ones_like(z))
+    assert caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.decode(z)
+
+
 def test_pixels_are_left_alone(saved):
     model = zoo.load(str(saved / "ddpm"), device="cpu")
     images = torch.randn(2, 3, 8, 8)

@@ -31,10 +31,11 @@ from course_lib.zoo.compare.latents import (
 from course_lib.zoo.latent_scenes import SHAPE
 from course_lib.zoo.stored import Row
 
-STEPS = 1_500
+STEPS, FIRST = 1_500, 400
+"""Steps of training of a refiner, and of the first stage of the cascade, which is often wrong after so few."""
 COARSE = (4, 4, 4)
-STRONGEST, TOLD = 1.0, 0.3
-"""The largest deviation of the noise on the coarse latent in training, and the one at which it is then refined."""
+STRONGEST, TOLD = 1.0, (0.2, 0.4, 0.7)
+"""The largest deviation of the noise on the coarse latent in training, and those at which it may then be refined."""
 SMALL = 16
 """Side of the small pictures, in pixels; enlarged to 64 they are as blurred as pictures from the web can be."""
 
@@ -56,9 +57,9 @@ def _loss(net: nn.Module, x0: Tensor, sigma: Tensor, eps: Tensor, **condition: T
         return denoising_loss(wrap(net).given(**condition), x0, sigma, eps, "v")
 
 
-def _fit(net: nn.Module, draw_: Any, loss: Any, seed: int) -> nn.Module:
+def _fit(net: nn.Module, draw_: Any, loss: Any, seed: int, steps: int = STEPS) -> nn.Module:
     with one_thread():
-        return fit(net, draw_, loss, steps=STEPS, lr=rate("DiT, patch 2"), seed=seed, device="cpu").net.eval()
+        return fit(net, draw_, loss, steps=steps, lr=rate("DiT, patch 2"), seed=seed, device="cpu").net.eval()
 
 
 @functools.cache
@@ -73,7 +74,7 @@ def base(seed: int) -> nn.Module:
 
     torch.manual_seed(seed)
     net = DiT(4, 96, 4, 4, patch=1, side=4, classes=CLASSES)
-    return _fit(net, batch, lambda net, x0, sigma, eps, label: _loss(net, x0, sigma, eps, label=label), seed)
+    return _fit(net, batch, lambda net, x0, sigma, eps, label: _loss(net, x0, sigma, eps, label=label), seed, FIRST)
 
 
 def refiner(augmented: bool, seed: int) -> nn.Module:
@@ -95,21 +96,31 @@ def refiner(augmented: bool, seed: int) -> nn.Module:
     return _fit(Refiner(), batch, loss, seed)
 
 
+@torch.no_grad()
+def refined(net: nn.Module, coarse: Tensor, label: Tensor, told: float, seed: int) -> Row:
+    """`facts` of what the second stage makes of coarse latents (N, 4, 4, 4) with noise of the deviation that it is told."""
+    noisy = coarse + told * torch.randn(coarse.shape, generator=generator(8, seed))
+    D = wrap(net).given(label=label, coarse=noisy, noise=torch.full((len(coarse),), told))
+    return facts(decode(draw(D, (len(coarse), *SHAPE), seed=seed)), label)
+
+
 def measure_cascade(augmented: bool, seed: int, n: int = 1_000) -> Row:
     """Samples of both stages, judged; and of the second from true coarse latents, which shows what the first stage costs.
 
     Conditioning augmentation (Ho et al. 2022, Sec. 4): the second stage learns from coarse latents that are as wrong as samples
-    are, and is then given samples with a little noise on them.
+    are, and is then given samples with noise on them, of the deviation in TOLD at which other samples were most often right.
     """
-    label = torch.arange(n) % CLASSES
-    net, noise = refiner(augmented, seed), torch.full((n,), TOLD * augmented)
-    sampled = draw(wrap(base(seed)).given(label=label), (n, *COARSE), seed=1)
+    net, label = refiner(augmented, seed), torch.arange(n) % CLASSES
+    first = wrap(base(seed)).given(label=label)
+    tried, told = {}, 0.0
+    if augmented:
+        other = draw(first, (n, *COARSE), seed=101)
+        tried = {f"{told:g}": refined(net, other, label, told, seed=102)["adherence"] for told in TOLD}
+        told = max(TOLD, key=lambda told: tried[f"{told:g}"])
     true, shapes = latents("held out")
-    row: Row = {"augmented": augmented, "seed": seed, "steps": STEPS}
-    for name, coarse, of in (("sampled", sampled, label), ("true", F.avg_pool2d(true[:n], 2), shapes[:n])):
-        coarse = coarse + noise.view(-1, 1, 1, 1) * torch.randn(coarse.shape, generator=generator(8))
-        refined = draw(wrap(net).given(label=of, coarse=coarse, noise=noise), (n, *SHAPE), seed=2)
-        row[name] = facts(decode(refined), of)
+    row: Row = {"augmented": augmented, "seed": seed, "steps": STEPS, "first": FIRST, "tried": tried, "told": told}
+    row["sampled"] = refined(net, draw(first, (n, *COARSE), seed=1), label, told, seed=2)
+    row["true"] = refined(net, F.avg_pool2d(true[:n], 2), shapes[:n], told, seed=2)
     return row
 
 
