@@ -48,7 +48,8 @@ STAMP = """() => {
 TOY = """import time
 import ipywidgets as widgets
 from course_lib.stage.show import Stage
-from course_lib.study import Explorer, canvas, render
+from course_lib.study import Explorer
+from course_lib.study.pictures import canvas, render
 
 class Toy(Explorer):
     def __init__(self):
