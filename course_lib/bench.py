@@ -343,6 +343,13 @@ def bench_inverse(world: str = "digits") -> list[Row]:
     return rows
 
 
+def bench_deepinv() -> list[Row]:
+    """Our solvers of inverse problems beside deepinv's: PSNR as stored, time measured anew where deepinv can be imported."""
+    from course_lib.bench_deepinv import table
+
+    return table()
+
+
 BENCHMARKS: dict[str, Callable[[], list[Row]]] = {
     "import": bench_import,
     "sampler": bench_sampler,
@@ -350,6 +357,7 @@ BENCHMARKS: dict[str, Callable[[], list[Row]]] = {
     "guidance": bench_guidance,
     "gmm": bench_gmm,
     "inverse": bench_inverse,
+    "deepinv": bench_deepinv,
     "redraw": bench_redraw,
     "swissroll": bench_swissroll,
     "families": bench_families,

@@ -24,7 +24,19 @@ from torch import Tensor
 from course_lib import devices, metrics
 from course_lib.operators.base import SVD
 from course_lib.operators.decomposed import Decomposed
-from course_lib.posterior import ddnm_plus, ddrm, ddrm_start, ilvr, null_space, replacement
+from course_lib.posterior import (
+    ddnm_plus,
+    ddrm,
+    ddrm_start,
+    dps,
+    gaussian_variance,
+    ilvr,
+    mcgdiff,
+    null_space,
+    pigdm,
+    replacement,
+    tds,
+)
 from course_lib.sample import sample
 from course_lib.schedules import linear_betas
 from course_lib.steps import ddim_eta
@@ -37,10 +49,14 @@ ZOO = Path(__file__).parent / "zoo"
 PROBLEMS, STORED = ZOO / "gmm.safetensors", ZOO / "gmm.json"
 COMMAND = "python -m course_lib.bench_gmm"
 D_X, D_Y, SEEDS, SAMPLES = (8, 80, 800), (1, 2, 4), 20, 2000
+PARTICLES = 1000
+"""Of each run of a particle method: 2,000 samples are two runs."""
 ETA = {20: 0.6, 100: 0.85}
 """Levels of the grid, and the share of fresh noise that goes with them."""
 ALPHA_BAR = torch.cat([torch.ones(1, dtype=F64), torch.cumprod(1 - linear_betas(999, 0.02, 1e-4), 0)])
 """alpha_bar at t = 0 ... 999: it starts at 1, and beta falls."""
+WIDTH = math.sqrt(1 + 8**2 * 2)
+"""The prior's standard deviation in each coordinate of x0, were its weights equal."""
 MODE = 0.01
 """A mode of the posterior is a component of at least this weight."""
 
@@ -222,6 +238,16 @@ def _stepped(step: Callable[[Problem, Step, Noise], Step]) -> Solver:
     return solve
 
 
+def in_runs(method: Callable[..., Step], particles: int = PARTICLES) -> Solver:
+    """A particle method, in runs of so many; fewer samples than that are one run."""
+
+    def solve(D: Denoiser, p: Problem, x: Tensor, sigmas: Tensor, noise: Noise) -> Tensor:
+        given = p.operator, p.measurement, p.sigma_y, noise
+        return sample(D, x, sigmas, method(*given, eta=ETA[len(sigmas)], particles=min(particles, len(x))))
+
+    return solve
+
+
 def _ddrm(D: Denoiser, p: Problem, x: Tensor, sigmas: Tensor, noise: Noise) -> Tensor:
     given = p.operator, p.measurement, p.sigma_y
     return sample(D, ddrm_start(x, sigmas[0], *given), sigmas, ddrm(*given, noise, eta=0.85, eta_b=1.0))
@@ -231,6 +257,16 @@ def _ddnm(D: Denoiser, p: Problem, x: Tensor, sigmas: Tensor, noise: Noise) -> T
     return sample(null_space(D, p.operator, p.measurement), x, sigmas, ddim_eta(ETA[len(sigmas)], noise))
 
 
+def _pigdm(std: float) -> Solver:
+    """PiGDM for a prior of this standard deviation; 1 is the paper's."""
+
+    def solve(D: Denoiser, p: Problem, x: Tensor, sigmas: Tensor, noise: Noise) -> Tensor:
+        guided = pigdm(D, p.operator, p.measurement, p.sigma_y, gaussian_variance(std))
+        return sample(guided, x, sigmas, ddim_eta(ETA[len(sigmas)], noise))
+
+    return solve
+
+
 SOLVERS: dict[str, Solver] = {
     "prior": _stepped(lambda p, step, noise: step),
     "replacement": _stepped(lambda p, step, noise: replacement(step, p.operator, p.measurement, noise, p.sigma_y)),
@@ -238,8 +274,21 @@ SOLVERS: dict[str, Solver] = {
     "DDNM": _ddnm,
     "DDNM+": _stepped(lambda p, step, noise: ddnm_plus(p.operator, p.measurement, p.sigma_y, noise)),
     "DDRM": _ddrm,
+    "DPS": _stepped(lambda p, step, noise: dps(step, p.operator, p.measurement, zeta=2 * 0.1)),
+    "PiGDM": _pigdm(1.0),
+    "PiGDM, wide": _pigdm(WIDTH),
+    "MCGdiff": in_runs(mcgdiff),
+    "TDS": in_runs(tds),
 }
-"""'prior' does not look at y: what a solver must beat."""
+"""'prior' does not look at y: what a solver must beat. DPS: 0.1 / |r| times the gradient of |r|^2 is 0.2 times that of |r|.
+'PiGDM' takes the paper's r^2, that of a prior of variance 1; 'PiGDM, wide' that of the width that this prior has."""
+
+
+RUNS = [
+    {"method": method, "d_x": 8, "d_y": d_y, "levels": 100, "particles": particles}
+    for d_y, particles, method in product(D_Y, (10, 100, 1000, 10_000), ("MCGdiff", "TDS"))
+]
+"""How the distance falls with the particles of a run."""
 
 
 # --- what is measured --------------------------------------------------------------------------------------------------
@@ -262,8 +311,11 @@ def judge(p: Problem, x: Tensor, seed: int = 0) -> dict[str, float]:
     }
 
 
-def run(solver: str, p: Problem, levels: int, seed: int = 0, n: int = SAMPLES) -> tuple[Tensor, int]:
-    """n samples of a named solver on the grid of `levels` levels, and its calls of D; ValueError for an unknown name."""
+def run(solver: str, p: Problem, levels: int, seed: int = 0, n: int = SAMPLES, solve: Solver | None = None) -> tuple[Tensor, int]:
+    """n samples of a named solver on the grid of `levels` levels, and its calls of D; ValueError for an unknown name.
+
+    `solve` stands in for what the name means, for example with another number of particles.
+    """
     if solver not in SOLVERS:
         raise ValueError(f"solver = {solver!r}; expected one of {', '.join(SOLVERS)}")
     if levels not in ETA:
@@ -278,7 +330,7 @@ def run(solver: str, p: Problem, levels: int, seed: int = 0, n: int = SAMPLES) -
     noise = lambda x: torch.randn(x.shape, dtype=x.dtype, generator=source)
     sigmas = grid(p.s, p.sigma_y, levels)
     x = (1 + sigmas[0] ** 2).sqrt() * noise(torch.empty(n, p.A.shape[1], dtype=F64))  # N(0, I) where the variance is preserved
-    return SOLVERS[solver](D, p, x, sigmas, noise), calls
+    return (solve or SOLVERS[solver])(D, p, x, sigmas, noise), calls
 
 
 def measure(solver: str, d_x: int, d_y: int, levels: int, seeds: int = SEEDS) -> Row:
@@ -303,23 +355,40 @@ def measure(solver: str, d_x: int, d_y: int, levels: int, seeds: int = SEEDS) ->
     return {**key, **means, "reach": round(reach, 4), "calls": calls, "seconds": round(statistics.median(seconds), 3)}
 
 
-def rows(**key: object) -> list[Row]:
-    """The stored rows with these entries, for example `rows(d_x=8, levels=20)`; ValueError, with the command, where none is."""
-    chosen = [row for row in stored.rows(STORED, COMMAND, "cells") if key.items() <= row.items()]
+def measure_particles(method: str, d_x: int, d_y: int, levels: int, particles: int, seeds: int = SEEDS) -> Row:
+    """W1 of 2,000 samples in runs of `particles` (of a longer run, 2,000 of its samples), as a mean over the problems."""
+    solve, w1 = in_runs({"MCGdiff": mcgdiff, "TDS": tds}[method], particles), []
+    with devices.one_thread():
+        for seed in range(seeds):
+            p = problem(d_x, d_y, seed)
+            x = run(method, p, levels, seed, max(SAMPLES, particles), solve)[0]
+            w1.append(judge(p, x[:: len(x) // SAMPLES], seed)["w1"])
+    reach = 1.96 * statistics.stdev(w1) / math.sqrt(seeds)
+    key = {"method": method, "d_x": d_x, "d_y": d_y, "levels": levels, "particles": particles, "seeds": seeds}
+    return {**key, "w1": round(statistics.mean(w1), 4), "reach": round(reach, 4)}
+
+
+def rows(part: str = "cells", /, **key: object) -> list[Row]:
+    """The stored rows with these entries, for example `rows(d_x=8, levels=20)`; ValueError, with the command, where none is.
+
+    `part`: 'cells' is the table; 'particles' the distance against the number of particles.
+    """
+    chosen = [row for row in stored.rows(STORED, COMMAND, part) if key.items() <= row.items()]
     if not chosen:
         raise ValueError(f"no row of {STORED.name} has {key}; run `{COMMAND}`")
     return chosen
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Measure the cells of the named dimensions and numbers of levels that are not stored yet."""
+    """Measure the cells of the named dimensions and numbers of levels that are not stored yet, and what more particles bring."""
     parser = argparse.ArgumentParser(prog=COMMAND, description=main.__doc__)
+    parser.add_argument("parts", nargs="*", help="cells, particles or both")
     parser.add_argument("--dims", type=int, nargs="*", default=D_X, help="values of d_x")
     parser.add_argument("--levels", type=int, nargs="*", default=tuple(ETA), help="20, 100 or both")
     asked = parser.parse_args(argv)
     cells = product(asked.levels, asked.dims, D_Y, ("exact", *SOLVERS))
     keys = [{"solver": solver, "d_x": d_x, "d_y": d_y, "levels": levels} for levels, d_x, d_y, solver in cells]
-    stored.run(STORED, COMMAND, {"cells": (measure, keys)}, ())
+    stored.run(STORED, COMMAND, {"cells": (measure, keys), "particles": (measure_particles, RUNS)}, asked.parts)
 
 
 if __name__ == "__main__":

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from itertools import accumulate
 from statistics import NormalDist
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from course_lib.gaussians import Mixture
 from course_lib.types import float64
@@ -209,6 +211,31 @@ def psnr(image: Tensor, reference: Tensor, data_range: float = 2.0) -> float:
     from skimage.metrics import peak_signal_noise_ratio
 
     return float(peak_signal_noise_ratio(reference.cpu().numpy(), image.cpu().numpy(), data_range=data_range))
+
+
+def flops(net: nn.Module, *inputs: Tensor) -> int:
+    """Floating-point operations of one call, a multiplication and an addition counted as two: matrices and convolutions."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        net(*inputs)
+    return counter.get_total_flops()
+
+
+def peak_bytes(run: Callable[[], Any]) -> int:
+    """The most bytes of CPU tensors that live at one time in `run()`, beyond those from before, by torch's profiler."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
+        run()
+    events = [event for event in watched.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
+    return max(held, default=0)
+
+
+def mean_psnr(images: Tensor, references: Tensor) -> float:
+    """The mean over pictures (B, C, H, W) in [-1, 1] of each one's PSNR, in dB: not that of their mean error."""
+    return sum(psnr(a, b) for a, b in zip(images, references, strict=True)) / len(references)
 
 
 def ssim(image: Tensor, reference: Tensor, data_range: float = 2.0) -> float:

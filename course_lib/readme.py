@@ -82,6 +82,13 @@ def _measured(metrics: dict[str, Any]) -> str:
     if "never_trained" in metrics:
         gains = ", ".join(f"{row['size']} px: {row['gain'][0]:+.2f} dB" for row in metrics["sizes"])
         return f"beside bicubic enlargement of the decoded 64 px, {gains}"
+    if "joint_error_mm" in metrics:
+        mean = metrics["joint_error_of_the_mean_pose_mm"]
+        return f"regressor {metrics['joint_error_mm']:.0f} mm from held-out joints, mean pose {mean:.0f} mm"
+    if "psnr_of_denoised_and_of_prior" in metrics:
+        both = metrics["psnr_of_denoised_and_of_prior"].items()
+        gains = ", ".join(f"{told - alone:+.1f} dB at noise level {sigma}" for sigma, (told, alone) in both)
+        return f"denoises held-out pictures, told y and the kernel, better than `scenes-prior` by {gains}"
     quality, read = metrics["quality_at_guidance_1"], min(metrics["class_read_as_asked"].values())
     return f"class read as asked {read:.1%}, precision {quality['precision']:.2f}, recall {quality['recall']:.2f}"
 

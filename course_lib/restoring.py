@@ -11,12 +11,21 @@ from torch import Tensor
 from course_lib.operators import LinearOperator
 from course_lib.posterior import (
     come_closer,
+    csgm,
+    daps,
     ddnm_plus,
     ddrm,
     ddrm_start,
+    diffpir,
+    dps,
+    gaussian_variance,
     ilvr,
+    mcg,
     mixed_projection,
     null_space,
+    pigdm,
+    pnp_flow,
+    red_diff,
     repaint,
     replacement,
     snips,
@@ -113,6 +122,45 @@ def _ccdf(task: Task, t0: float = 0.3) -> Tensor:
     return sample(task.D, x, sigmas, watched(ddnm_plus(task.A, task.y, task.sigma_y, task.noise)))
 
 
+def _dps(task: Task, zeta: float = 1.0) -> Tensor:
+    return task.run(dps(ddpm(task.noise), task.A, task.y, zeta))
+
+
+def _pigdm(task: Task, std: float = 1.0) -> Tensor:
+    return task.run(ddpm(task.noise), D=pigdm(task.D, task.A, task.y, task.sigma_y, gaussian_variance(std)))
+
+
+def _mcg(task: Task, zeta: float = 1.0) -> Tensor:
+    return task.run(mcg(ddpm(task.noise), task.A, task.y, task.noise, zeta, task.sigma_y))
+
+
+def _csgm(task: Task, c: float = 0.5, share: float = 0.1) -> Tensor:
+    """One Langevin move at each level, from this share of the highest: few calls leave no time for many levels."""
+    start = share * task.high
+    x = task.estimate() + start * task.pure()
+    step = csgm(task.A, task.y, task.sigma_y, task.noise, c, steps=1)
+    return sample(task.D, x, karras(task.calls, task.low, start), watched(step))
+
+
+def _red_diff(task: Task, lr: float = 0.1, share: float = 1.0) -> Tensor:
+    grid = karras(task.calls, task.low, share * task.high)
+    return red_diff(task.D, task.estimate(), task.A, task.y, task.sigma_y, grid, task.noise, lr=lr)
+
+
+def _diffpir(task: Task, lam: float = 7.0, zeta: float = 0.3) -> Tensor:
+    return task.run(diffpir(task.A, task.y, task.sigma_y, task.noise, lam, zeta))
+
+
+def _daps(task: Task, ode_steps: int = 5, c: float = 0.2) -> Tensor:
+    return task.run(daps(task.A, task.y, task.sigma_y, task.noise, ode_steps, c=c), task.calls // ode_steps)
+
+
+def _pnp_flow(task: Task, alpha: float = 0.5, share: float = 0.05) -> Tensor:
+    """From an estimate, with the longest stable step of the data term."""
+    step = pnp_flow(task.A, task.y, task.noise, 1 / task.A.norm() ** 2, alpha)
+    return sample(task.D, task.estimate(), karras(task.calls, task.low, share * task.high), watched(step))
+
+
 SOLVERS: dict[str, Callable[..., Tensor]] = {
     "replacement": _replacement,
     "RePaint": _repaint,
@@ -123,6 +171,14 @@ SOLVERS: dict[str, Callable[..., Tensor]] = {
     "DDNM+": _ddnm_plus,
     "SNIPS": _snips,
     "CCDF": _ccdf,
+    "DPS": _dps,
+    "PiGDM": _pigdm,
+    "MCG": _mcg,
+    "CSGM": _csgm,
+    "RED-diff": _red_diff,
+    "DiffPIR": _diffpir,
+    "DAPS": _daps,
+    "PnP-Flow": _pnp_flow,
 }
 """Name -> solver(task, **setting) -> samples; without a setting that of its authors, or near it. None spends more calls."""
 
@@ -135,5 +191,13 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
     "DDNM+": [{"share": share} for share in (1.0, 0.3, 0.1, 0.03)],
     "SNIPS": [{"c": c, "steps": steps} for c, steps in ((0.5, 1), (1.0, 1), (0.5, 2), (1.0, 2))],
     "CCDF": [{"t0": t0} for t0 in (0.15, 0.2, 0.25, 0.3)],
+    "DPS": [{"zeta": zeta} for zeta in (1.0, 3.0, 6.0, 10.0)],
+    "PiGDM": [{"std": std} for std in (0.25, 0.5, 1.0, 2.0)],
+    "MCG": [{"zeta": zeta} for zeta in (0.3, 1.0, 2.0, 4.0)],
+    "CSGM": [{"c": c, "share": share} for c in (0.2, 0.5) for share in (0.01, 0.03)],
+    "RED-diff": [{"lr": lr, "share": share} for lr, share in ((0.1, 1.0), (0.03, 0.05), (0.1, 0.05), (0.3, 0.05))],
+    "DiffPIR": [{"lam": lam, "zeta": zeta} for lam in (1.0, 7.0) for zeta in (0.3, 1.0)],
+    "DAPS": [{"ode_steps": n, "c": c} for n, c in ((1, 0.05), (1, 0.2), (2, 0.2), (4, 0.2))],
+    "PnP-Flow": [{"alpha": alpha, "share": share} for alpha in (0.2, 0.5) for share in (0.02, 0.05)],
 }
 """What a solver may choose among where it is tuned: four settings for each. DDNM takes y for exact and has none."""

@@ -40,7 +40,7 @@ class Measured(nn.Module):
 
 
 class InvertibleSampler(nn.Module):
-    """n sampling steps wired as couplings: x_{k+1} = (1 - v_k) step(x_k) + v_k x_{k-1} (Chen et al. 2024, Sec. III).
+    """n sampling steps wired as couplings: x_{k+1} = (1 - v_k) step(x_k) + v_k x_{k-1} (Chen et al. 2024).
 
     It starts from (x, s x) and returns x_n + m x_{n-1}, where v_k, s = 1 and m = 0 are learned with the network. `stored`
     keeps all activations, as plain backpropagation does. Inverting a step multiplies rounding errors by up to 1 / v, so

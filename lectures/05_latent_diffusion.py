@@ -412,21 +412,31 @@ study.grid(parts, titles=list(views), scale=2)
 # %% [markdown] slideshow={"slide_type": "slide"}
 # ## Cascades, and what a model is told about its data
 #
-# Imagen and DALL·E 2 draw a small picture first and refine it by models of their own. The refiner is trained on *true* small pictures and then given *drawn* ones, with mistakes that it never saw: it paints them out carefully. **Conditioning augmentation** (Ho et al. 2022, Sec. 4) trains it on small pictures with noise of a random level, which it is told, so that it learns to trust them less, and puts noise on the drawn ones too. Here both stages work on latents, 4 × 4 and 8 × 8, and the first was trained for 400 steps only, so that it is often wrong. *Claim*: with augmentation the shape that was asked for is read more often, on each of three seeds; from true small latents, where there is nothing to repair, it costs (`python -m course_lib.zoo.compare cascade`).
+# Imagen and DALL·E 2 draw a small picture first and refine it by models of their own. The refiner is trained on *true* small pictures and then given *drawn* ones, with mistakes that it never saw: it paints them out carefully. **Conditioning augmentation** (Ho et al. 2022, Sec. 4) trains it on small pictures with noise of a random level, which it is told, so that it learns to trust them less, and puts noise on the drawn ones too. Here both stages work on latents, 4 × 4 and 8 × 8. *Claim*: after a first stage of 400 steps, which is often wrong, the shape that was asked for is read more often with augmentation, on each of three seeds; after one of 1,500 steps the gain is smaller; from true small latents, where there is nothing to repair, it costs (`python -m course_lib.zoo.compare cascade`).
 
 # %% slideshow={"slide_type": "-"}
 found = {}
 for row in compare.rows("cascade"):
-    found.setdefault(row["augmented"], []).append(row)
-for augmented, runs in found.items():
+    found.setdefault((row["first"], row["augmented"]), []).append(row)
+for (first, augmented), runs in sorted(found.items()):
     for of in ("true", "sampled"):
         obeyed = ", ".join(f"{run[of]['adherence']:.0%}" for run in runs)
         distance = ", ".join(f"{run[of]['frechet'][0]:.2f}" for run in runs)
         kind = "augmented" if augmented else "plain"
-        print(f"{kind:9s} from {of:7s} latents: as asked {obeyed}; Fréchet distance {distance}")
-for plain, with_noise in zip(found[False], found[True], strict=True):
+        print(
+            f"first stage of {first:,} steps, {kind:9s} from {of:7s} latents: as asked {obeyed}; Fréchet distance {distance}"
+        )
+for plain, with_noise in zip(found[400, False], found[400, True], strict=True):
     assert with_noise["sampled"]["adherence"] > plain["sampled"]["adherence"]
     assert with_noise["true"]["adherence"] < plain["true"]["adherence"]
+gain = {
+    first: [
+        b["sampled"]["adherence"] - a["sampled"]["adherence"]
+        for a, b in zip(found[first, False], found[first, True], strict=True)
+    ]
+    for first in (400, 1500)
+}
+assert all(small < large for small, large in zip(gain[1500], gain[400], strict=True))
 
 # %% [markdown] slideshow={"slide_type": "slide"}
 # **Size conditioning** (SDXL; Podell et al. 2023, Sec. 2.2). Half of the data are pictures of 16 pixels, enlarged. A model that is not told which they are learns to blur half of the time; SDXL is told the size that each picture had, and is then asked for a large one. *Claim*: it draws sharper, on each of three seeds: it learns from the small pictures and does not imitate them. The Fréchet distance, in the features of a reader that asks what there is and not how sharp it is, does not see the difference.

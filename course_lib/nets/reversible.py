@@ -1,7 +1,7 @@
 """Networks that are run backwards in training: activations are computed again from the output instead of being stored.
 
 A coupling layer maps a pair of equal shape, (a, b) -> ((1 - v) f(a) + v b, a), and is inverted without inverting f
-(Gomez et al. 2017, Sec. 3.2; with the weights v and 1 - v, Chen et al. 2024, Sec. III). A stack of them stores its last
+(Gomez et al. 2017, Sec. 3.2; with the weights v and 1 - v, Chen et al. 2024). A stack of them stores its last
 pair alone, whatever its depth.
 """
 

@@ -45,7 +45,7 @@ class Operator:
 
     def apply(self, x: Tensor) -> Tensor:
         """A(x) of an x whose shape has been checked."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define apply(x)")
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.apply(self._checked(x, "x", self.shape))

@@ -52,9 +52,9 @@ class CT(LinearOperator):
     def fbp(self, y: Tensor) -> Tensor:
         """Filtered back-projection, (B, C, angles, N) -> (B, C, N, N): x(p) = pi / (2 angles) sum_a (h * y)(a, t_a(p)).
 
-        h is the ramp filter |f| sampled in space: h(0) = 1/2, h(odd n) = -2 / (pi n)^2, 0 else (Kak and Slaney 1988, ch. 3,
-        eq. 61, twice); t_a(p) is where pixel p falls on the detector, between two of its values. It is 0 outside the circle
-        and inverts A as the number of equally spaced angles grows: scikit-image's `iradon`.
+        h is the ramp filter |f| sampled in space: h(0) = 1/2, h(odd n) = -2 / (pi n)^2, 0 else (Kak and Slaney 1988, ch. 3);
+        t_a(p) is where pixel p falls on the detector, between two of its values. It is 0 outside the circle and inverts A as
+        the number of equally spaced angles grows: scikit-image's `iradon`.
         """
         y, n = self._checked(y, "y", self.out), self.shape[-1]
         size = 2 ** math.ceil(math.log2(2 * n))  # padded, so that the circular convolution wraps around nothing

@@ -21,10 +21,10 @@ class Means(Decomposed):
     k: int
 
     def _group(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define _group(x)")
 
     def _ungroup(self, z: Tensor) -> Tensor:
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define _ungroup(z)")
 
     def apply(self, x: Tensor) -> Tensor:
         return self._group(x).mean(-1).reshape(len(x), *self.out)

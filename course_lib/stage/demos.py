@@ -98,6 +98,13 @@ def _inverse() -> Panel:
     return study.InverseExplorer(D, pictures, low=0.01, high=40.0)
 
 
+def _posteriors() -> Panel:
+    from course_lib import study
+    from course_lib.zoo import posteriors
+
+    return study.PosteriorExplorer(posteriors.PRIOR)
+
+
 DEMOS: dict[str, Demo] = {
     "00": Demo("Start here", {"the world": _world, "a prompt becomes a picture": _prompt}),
     "01": Demo("The forward process", {"into noise": _schedules, "and back, by DDIM": lambda: _digits("DDIM")}),
@@ -107,6 +114,7 @@ DEMOS: dict[str, Demo] = {
     "04": Demo("Guidance", {"guidance": _guidance}),
     "05": Demo("Latent diffusion and architectures", {"latents and words": _latents}),
     "06": Demo("Inverse problems I: replacement and linear solvers", {"two solvers, one prior": _inverse}),
+    "07": Demo("Inverse problems II: posterior, variational, particle and blind methods", {"the exact posterior": _posteriors}),
 }
 """Lecture number -> what is shown; a new lecture's explorer is one row here."""
 

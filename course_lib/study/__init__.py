@@ -12,6 +12,7 @@ from course_lib.study.latents import LatentExplorer
 from course_lib.study.particles import ParticleExplorer
 from course_lib.study.pictures import animate, grid, png, render, strip, tile
 from course_lib.study.points import density, field, outline, plane, scatter
+from course_lib.study.posteriors import PosteriorExplorer
 from course_lib.study.samplers import SamplerExplorer
 from course_lib.study.scenes import PromptExplorer, SceneExplorer
 from course_lib.study.style import COLOURS, DENSITY, use
@@ -27,6 +28,7 @@ __all__ = [
     "InverseExplorer",
     "LatentExplorer",
     "ParticleExplorer",
+    "PosteriorExplorer",
     "PromptExplorer",
     "ReverseExplorer",
     "SamplerExplorer",

@@ -40,6 +40,9 @@ RECIPES = {
     "mini-sd-any-scale": "course_lib.zoo.recipes.any_scale",
     "scenes-joint": "course_lib.zoo.recipes.scenes_joint",
     "scenes-prior": "course_lib.zoo.recipes.scenes_prior",
+    "scenes-blind": "course_lib.zoo.recipes.scenes_blind",
+    "figures": "course_lib.zoo.recipes.figures",
+    "scenes-pyramid": "course_lib.zoo.recipes.scenes_pyramid",
     **{
         f"{world}-{family}": "course_lib.zoo.recipes.compared"
         for world in ("ring", "digits")
@@ -115,7 +118,8 @@ def stand_in(name: str) -> str:
 def load(name: str, device: str | None = None) -> Any:
     """Return the trained model of this name, in evaluation mode: a Denoiser; for readers of digits the network, of scenes a
     `readers.SceneReader`; for `ring-*` and `digits-*` the three models of a family; for `blobs-reflow` three
-    dicts of flows, first, reflowed and shuffled; for a pipeline a `pretrained.Pretrained`.
+    dicts of flows, first, reflowed and shuffled; for `figures` a regressor and a Denoiser of poses; for a pipeline a
+    `pretrained.Pretrained`.
 
     A pipeline is embedded, a local folder, a short name of `hub.toml` or a hub id. Raises ZooError, in one line, for an
     unknown name, missing or damaged weights, a wrong hash, and for a hub id where there is no network.

@@ -41,11 +41,6 @@ def wired(A: GaussianCS, stored: bool = False) -> InvertibleSampler:
     return InvertibleSampler(zoo.load("digits", device="cpu"), LEVELS, A, v=V, stored=stored).requires_grad_(True)
 
 
-def psnr(x: Tensor, images: Tensor) -> float:
-    """Mean over the pictures, in dB."""
-    return sum(metrics.psnr(a, b) for a, b in zip(x, images, strict=True)) / len(images)
-
-
 def unwired(D: Denoiser, A: GaussianCS, y: Tensor) -> Tensor:
     """The same steps one after the other: DDIM whose x0 is brought to the measurement, the noise's direction kept."""
     return sample(D, A.pinv(y), LEVELS, lambda D, x, high, low, memory=None: (Measured(D, high, low, A)(x, y), None))
@@ -65,8 +60,8 @@ def measure(seed: int, steps: int = STEPS) -> Row:
     train, test = digits.load("train")[0], digits.load("test")[0][:TEST]
     model, y = wired(A), A(test)
     with torch.no_grad():
-        row = {"start": psnr(A.pinv(y), test), "unwired": psnr(unwired(zoo.load("digits", device="cpu"), A, y), test)}
-        row["before"] = psnr(model(y=y), test)
+        ways = {"start": A.pinv(y), "unwired": unwired(zoo.load("digits", device="cpu"), A, y), "before": model(y=y)}
+    row: Row = {name: metrics.mean_psnr(x, test) for name, x in ways.items()}
     for name, stored_ in (("saved_plain", True), ("saved_reversible", False)):
         row[name] = saved_bytes(A, train[:BATCH], stored_)
     optimiser, start = torch.optim.Adam(model.parameters(), LR), time.process_time()
@@ -78,7 +73,7 @@ def measure(seed: int, steps: int = STEPS) -> Row:
         optimiser.step()
     row["seconds"] = round(time.process_time() - start, 2)
     with torch.no_grad():
-        row["after"] = psnr(model(y=y), test)
+        row["after"] = metrics.mean_psnr(model(y=y), test)
     return {"seed": seed, "steps": steps, **row}
 
 

@@ -11,11 +11,16 @@ from course_lib.grading.paths import ROOT, sources
 LECTURES = sources("lectures")
 MEMORY = 2 << 30  # bytes
 RUN = """
-import resource, runpy, sys
+import pathlib, resource, runpy, sys
 import course_lib.devices as devices
 assert not devices.bf16_pays("cpu")
 runpy.run_path(sys.argv[1], run_name="__main__")
-print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+status = pathlib.Path("/proc/self/status")
+if status.exists():  # Linux counts to a program's maxrss what the one that started it held
+    kilobytes = next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+else:
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+print("peak", kilobytes * 1024)
 """
 
 

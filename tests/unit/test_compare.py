@@ -132,7 +132,7 @@ def test_only_an_augmented_refiner_learns_from_noisy_coarse_latents(augmented, f
     monkeypatch.setattr(cascades, "latents", compared.latents)
     seen = {}
     monkeypatch.setattr(cascades, "_fit", lambda net, draw, loss, seed, steps=0: seen.update(draw=draw))
-    cascades.refiner(augmented, 0)
+    cascades.refiner.__wrapped__(augmented, 0)  # not kept: another test may want the trained one
     x0, _, _, _, coarse, noise = seen["draw"](torch.Generator().manual_seed(1))
     gap = (coarse - nn.functional.avg_pool2d(x0, 2)).flatten(1)
     if augmented:  # 64 numbers a row: its deviation is known to 9 %, at 4.5 standard errors 40 %
@@ -180,11 +180,12 @@ def test_the_learning_rates_were_chosen_with_the_same_budget():
     assert len({row["steps"] for row in rows}) == 1
 
 
-def runs_of(part, key):
-    """The rows of a part by the value of `key`, one for each seed in order."""
+def runs_of(part, key, **only):
+    """The rows of a part that are `only` so, by the value of `key`, one for each seed in order."""
     found = {}
     for row in sorted(compare.rows(part), key=lambda row: row["seed"]):
-        found.setdefault(row[key], []).append(row)
+        if only.items() <= row.items():
+            found.setdefault(row[key], []).append(row)
     assert all([row["seed"] for row in rows] == list(SEEDS) for rows in found.values())
     return found
 
@@ -220,13 +221,21 @@ def test_experts_beat_one_network_of_the_same_cost_on_every_seed():
 
 
 def test_conditioning_augmentation_repairs_what_the_first_stage_got_wrong_on_every_seed():
-    """From sampled latents the shape is right more often; from true ones, where nothing is to repair, it costs."""
-    found = runs_of("cascade", "augmented")
-    for plain, augmented in zip(found[False], found[True], strict=True):
+    """From sampled latents the shape is right more often; from true ones, where nothing is to repair, it costs.
+
+    The first stage of 400 steps is often wrong. After one of 1,500 there is less to gain, on every seed.
+    """
+    poor, good = (runs_of("cascade", "augmented", first=steps) for steps in cascades.FIRST)
+    for plain, augmented in zip(poor[False], poor[True], strict=True):
         error = (2 * 0.25 / 1000) ** 0.5  # of the difference of two shares of 1,000
         assert augmented["sampled"]["adherence"] - plain["sampled"]["adherence"] > 2 * error
         assert augmented["true"]["adherence"] < plain["true"]["adherence"]
         assert augmented["tried"][f"{augmented['told']:g}"] == max(augmented["tried"].values())
+
+    def gains(runs):
+        return [b["sampled"]["adherence"] - a["sampled"]["adherence"] for a, b in zip(runs[False], runs[True], strict=True)]
+
+    assert all(small < large for small, large in zip(gains(good), gains(poor), strict=True))
 
 
 def test_a_model_that_is_told_the_sizes_draws_sharper_on_every_seed():

@@ -294,11 +294,25 @@ def test_bootstrap_of_a_mean():
         assert abs(end - float(rows.mean()) - sign * 1.96 * error) < SE * 0.06 * error
 
 
+def test_the_peak_of_memory_is_of_what_lives_at_one_time():
+    """Three tensors of 4 MB, of which two at a time."""
+
+    def run():
+        x = torch.ones(1_000_000)
+        y = x + 1
+        del x
+        return y * 2
+
+    assert metrics.peak_bytes(run) == pytest.approx(8e6, rel=0.01)
+
+
 def test_psnr_and_ssim():
     """20 log10(range / error) of a constant error; (2 a b + c) / (a^2 + b^2 + c), c = (0.01 * 2)^2, of grey pictures."""
     picture = torch.rand(1, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
     assert metrics.psnr(picture + 0.02, picture) == pytest.approx(40, rel=1e-4)
     assert metrics.psnr(picture + 0.1, picture, data_range=1.0) == pytest.approx(20, rel=1e-4)
+    both = torch.stack([picture + 0.02, picture + 0.2])
+    assert metrics.mean_psnr(both, torch.stack([picture, picture])) == pytest.approx(30, rel=1e-4)  # of 40 and 20
     assert metrics.ssim(picture, picture) == pytest.approx(1)
     a, b = torch.full((1, 16, 16), 0.5), torch.full((1, 16, 16), -0.2)
     assert metrics.ssim(a, b) == pytest.approx((2 * 0.5 * -0.2 + 4e-4) / (0.25 + 0.04 + 4e-4), rel=1e-4)

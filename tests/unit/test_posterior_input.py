@@ -2,9 +2,7 @@
 
 import pytest
 import torch
-from torch.testing import assert_close
 
-from course_lib.devices import SampleNoise
 from course_lib.gaussians import Mixture
 from course_lib.multistep import dpm_solver_pp_2m
 from course_lib.operators.base import LinearOperator, Matrix, Operator
@@ -24,6 +22,7 @@ from course_lib.posterior import (
 )
 from course_lib.sample import sample
 from course_lib.steps import ddim, ddpm
+from tests import solver_laws
 from tests.draws import level, noise_of, normal
 
 F64 = torch.float64
@@ -135,26 +134,12 @@ def test_steps_that_add_noise_refuse_a_rising_grid(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_sample_does_not_depend_on_its_batch(name):
-    """Sample 3 alone, and among 5 with measurements of their own: matrix products of other sizes round apart by 1e-15."""
-
-    def run(first, n):
-        noise = SampleNoise(7, first=first)
-        D, step = solvers(noise, y=(Y + torch.arange(5)[:, None])[first : first + n])[name]()
-        return sample(D, noise.start((n, 3), GRID[0], F64), GRID, step)
-
-    assert_close(run(0, 5)[3:4], run(3, 1), rtol=0, atol=1e-12)
+    solver_laws.samples_do_not_depend_on_their_batch(lambda noise, y: solvers(noise, y=y)[name](), Y, GRID)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_x_keeps_its_type_and_a_level_each_is_the_level_of_all(name):
-    D, step = solvers(noise_of(1))[name]()
-    found, _ = step(D, normal(4, 3, dtype=torch.float32), level(1.0), level(0.5))
-    assert found.dtype == torch.float32
-    D, step = solvers(noise_of(1))[name]()
-    each, _ = step(D, normal(4, 3), level(1.0).expand(4), level(0.5).expand(4))
-    D, step = solvers(noise_of(1))[name]()
-    every, _ = step(D, normal(4, 3), level(1.0), level(0.5))
-    assert_close(each, every, rtol=0, atol=1e-12)
+    solver_laws.x_keeps_its_type_and_a_level_each_is_the_level_of_all(lambda noise, y: solvers(noise, y=y)[name](), Y)
 
 
 def test_an_edited_x_clears_the_solvers_history():

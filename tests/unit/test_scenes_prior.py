@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from course_lib import metrics, zoo
-from course_lib.devices import SampleNoise
+from course_lib.devices import SampleNoise, autocast
 from course_lib.worlds.scenes.dataset import SceneDataset
 from course_lib.zoo.recipes import scenes_prior as recipe
 
@@ -22,11 +22,12 @@ def test_its_card_claims_a_denoiser_and_a_sampler():
 @torch.no_grad()
 @pytest.mark.parametrize("sigma", [0.1, 1.0])
 def test_the_committed_weights_do_what_the_card_says(sigma):
-    """The first 32 of the card's 256 pictures; the mean over so few of a PSNR is known to 1 dB."""
+    """The card's own pictures and noise. Where there is no bf16 the picture is 0.11 dB better at sigma = 1, 0.01 dB at 0.1."""
     n, seed = recipe.SCENES["held out"]
-    x0, D = SceneDataset(n, seed, recipe.SIZE).pictures(torch.arange(32)), zoo.load("scenes-prior", device="cpu")
-    again = D(x0 + sigma * SampleNoise(1)(x0), torch.tensor(sigma))
-    assert abs(metrics.psnr(again, x0) - zoo.card("scenes-prior")["metrics"]["psnr_of_denoised"][f"{sigma:g}"]) < 1
+    x0, D = SceneDataset(n, seed, recipe.SIZE).pictures(torch.arange(256)), zoo.load("scenes-prior", device="cpu")
+    with autocast("cpu"):
+        again = D(x0 + sigma * SampleNoise(1)(x0), torch.tensor(sigma))
+    assert abs(metrics.psnr(again, x0) - zoo.card("scenes-prior")["metrics"]["psnr_of_denoised"][f"{sigma:g}"]) < 0.15
 
 
 def test_a_grid_ends_at_zero_and_starts_in_noise():

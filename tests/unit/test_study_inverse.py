@@ -191,6 +191,6 @@ def test_bad_input_is_named():
         InverseExplorer(shrink, IMAGES[0])
     with pytest.raises(ValueError, match="low = 2, high = 1; expected 0 < low < high"):
         InverseExplorer(shrink, IMAGES, low=2, high=1)
-    with pytest.raises(ValueError, match="second = 'DPS'; expected one of replacement, RePaint"):
-        InverseExplorer(shrink, IMAGES, second="DPS")
+    with pytest.raises(ValueError, match="second = 'magic'; expected one of replacement, RePaint"):
+        InverseExplorer(shrink, IMAGES, second="magic")
     assert isinstance(OPERATORS["colourise"]((3, 16, 16), torch.zeros(16, 16), None), Grey)

@@ -16,7 +16,10 @@ PARTS: stored.Parts = {
     "starts": (latents.measure_start, [{"zero": zero, "seed": seed} for seed in SEEDS for zero in (True, False)]),
     "experts": (latents.measure_experts, [{"seed": seed} for seed in SEEDS]),
     "scales": (latents.measure_scale, [{"scale": scale, "seed": seed} for seed in SEEDS for scale in (1.0, 5.0, 0.2)]),
-    "cascade": (cascades.measure_cascade, [{"augmented": on, "seed": seed} for seed in SEEDS for on in (True, False)]),
+    "cascade": (
+        cascades.measure_cascade,
+        [{"augmented": on, "seed": seed, "first": n} for seed in SEEDS for on in (True, False) for n in cascades.FIRST],
+    ),
     "sizes": (cascades.measure_sizes, [{"told": told, "seed": seed} for seed in SEEDS for told in (True, False)]),
 }
 

@@ -31,8 +31,8 @@ from course_lib.zoo.compare.latents import (
 from course_lib.zoo.latent_scenes import SHAPE
 from course_lib.zoo.stored import Row
 
-STEPS, FIRST = 1_500, 400
-"""Steps of training of a refiner, and of the first stage of the cascade, which is often wrong after so few."""
+STEPS, FIRST = 1_500, (400, 1_500)
+"""Steps of training of a refiner, and of two first stages: one that is often wrong, and one trained as long as the refiner."""
 COARSE = (4, 4, 4)
 STRONGEST, TOLD = 1.0, (0.2, 0.4, 0.7)
 """The largest deviation of the noise on the coarse latent in training, and those at which it may then be refined."""
@@ -63,8 +63,8 @@ def _fit(net: nn.Module, draw_: Any, loss: Any, seed: int, steps: int = STEPS) -
 
 
 @functools.cache
-def base(seed: int) -> nn.Module:
-    """The first stage: a DiT on the means of 2 x 2 latents, told the shape."""
+def base(seed: int, steps: int) -> nn.Module:
+    """The first stage, after so many steps: a DiT on the means of 2 x 2 latents, told the shape."""
     x0, label = latents("train")
     coarse = F.avg_pool2d(x0, 2)
 
@@ -74,9 +74,10 @@ def base(seed: int) -> nn.Module:
 
     torch.manual_seed(seed)
     net = DiT(4, 96, 4, 4, patch=1, side=4, classes=CLASSES)
-    return _fit(net, batch, lambda net, x0, sigma, eps, label: _loss(net, x0, sigma, eps, label=label), seed, FIRST)
+    return _fit(net, batch, lambda net, x0, sigma, eps, label: _loss(net, x0, sigma, eps, label=label), seed, steps)
 
 
+@functools.cache
 def refiner(augmented: bool, seed: int) -> nn.Module:
     """The second stage, from coarse latents with noise of a random level, of which it is told, or from clean ones."""
     x0, label = latents("train")
@@ -104,22 +105,22 @@ def refined(net: nn.Module, coarse: Tensor, label: Tensor, told: float, seed: in
     return facts(decode(draw(D, (len(coarse), *SHAPE), seed=seed)), label)
 
 
-def measure_cascade(augmented: bool, seed: int, n: int = 1_000) -> Row:
+def measure_cascade(augmented: bool, seed: int, first: int, n: int = 1_000) -> Row:
     """Samples of both stages, judged; and of the second from true coarse latents, which shows what the first stage costs.
 
     Conditioning augmentation (Ho et al. 2022, Sec. 4): the second stage learns from coarse latents that are as wrong as samples
     are, and is then given samples with noise on them, of the deviation in TOLD at which other samples were most often right.
     """
     net, label = refiner(augmented, seed), torch.arange(n) % CLASSES
-    first = wrap(base(seed)).given(label=label)
+    stage = wrap(base(seed, first)).given(label=label)
     tried, told = {}, 0.0
     if augmented:
-        other = draw(first, (n, *COARSE), seed=101)
+        other = draw(stage, (n, *COARSE), seed=101)
         tried = {f"{told:g}": refined(net, other, label, told, seed=102)["adherence"] for told in TOLD}
         told = max(TOLD, key=lambda told: tried[f"{told:g}"])
     true, shapes = latents("held out")
-    row: Row = {"augmented": augmented, "seed": seed, "steps": STEPS, "first": FIRST, "tried": tried, "told": told}
-    row["sampled"] = refined(net, draw(first, (n, *COARSE), seed=1), label, told, seed=2)
+    row: Row = {"augmented": augmented, "seed": seed, "steps": STEPS, "first": first, "tried": tried, "told": told}
+    row["sampled"] = refined(net, draw(stage, (n, *COARSE), seed=1), label, told, seed=2)
     row["true"] = refined(net, F.avg_pool2d(true[:n], 2), shapes[:n], told, seed=2)
     return row
 

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from course_lib import metrics, zoo
 from course_lib.denoisers import NetworkDenoiser, from_v
@@ -104,9 +103,7 @@ def losses(nets: Sequence[nn.Module], split: str) -> list[float]:
 
 def flops(net: nn.Module) -> int:
     """Floating-point operations of one call for one picture, a multiplication and an addition counted as two."""
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        net(torch.zeros(1, *SHAPE), torch.zeros(1), torch.zeros(1, dtype=torch.long))
-    return counter.get_total_flops()
+    return metrics.flops(net, torch.zeros(1, *SHAPE), torch.zeros(1), torch.zeros(1, dtype=torch.long))
 
 
 def train(name: str, steps: int, seed: int, lr: float, net: nn.Module | None = None, scale: float = 1.0, **options: Any) -> Any:

@@ -6,11 +6,17 @@ import sys
 from collections.abc import Sequence
 
 from course_lib.zoo import inverse, stored
-from course_lib.zoo.inverse.measure import SEEDS, keys, measure, tune
+from course_lib.zoo.inverse.measure import SEEDS, SETTINGS, keys, measure, memory, published_snips, takes, tune
+from course_lib.zoo.inverse.problems import PROBLEMS
 
 PARTS: stored.Parts = {
     "tuning": (tune, keys()),
     "solvers": (measure, [{**key, "seed": seed} for seed in SEEDS for key in keys()]),
+    "published SNIPS": (
+        published_snips,
+        [{"problem": problem, "seed": seed} for seed in SEEDS for problem in ("super-resolution", "deblurring")],
+    ),
+    "memory": (memory, [{"solver": solver} for solver in SETTINGS if takes(solver, PROBLEMS["scenes", "box"]())]),
 }
 
 

@@ -12,7 +12,10 @@ from course_lib import metrics
 from course_lib.denoisers import Counted
 from course_lib.devices import SampleNoise, autocast, one_thread
 from course_lib.operators import BlockAverage, LinearOperator
+from course_lib.posterior import snips, watched
 from course_lib.restoring import SETTINGS, SOLVERS, Task
+from course_lib.sample import sample
+from course_lib.schedules import exponential
 from course_lib.zoo.inverse import rows
 from course_lib.zoo.inverse.problems import DENOISE, PROBLEMS, SIGMA_Y, WORLDS, classical, posed
 from course_lib.zoo.stored import Row
@@ -26,6 +29,34 @@ NAMES = ("classical", *SETTINGS)
 def settings(solver: str) -> list[dict[str, Any]]:
     """What the solver may choose among; the classical methods as many weights as the others have settings."""
     return [{"weight": weight} for weight in DENOISE] if solver == "classical" else SETTINGS[solver]
+
+
+def published_snips(problem: str, seed: int, n: int = 8) -> Row:
+    """SNIPS at the count of its authors' faces of 64 pixels: 500 levels, a geometric row from 90 to 0.01, five moves at each."""
+    A, x0, y = (one[:n] if isinstance(one, Tensor) else one for one in posed("scenes", problem, "held out"))
+    noise, sigmas, D = SampleNoise(seed), exponential(500, 0.01, 90.0), Counted(WORLDS["scenes"].prior())
+
+    def prior(x: Tensor, sigma: Tensor) -> Tensor:
+        with autocast("cpu"):
+            return D(x, sigma).float()
+
+    with one_thread(), torch.no_grad():
+        found = sample(prior, 90.0 * noise(x0), sigmas, watched(snips(A, y, SIGMA_Y, noise, c=0.033, steps=5))).clamp(-1, 1)
+    return {"problem": problem, "seed": seed, "pictures": n, "calls": D.rows // n, "psnr": psnr(found, x0)}
+
+
+def memory(solver: str) -> Row:
+    """The most memory that lives at one time for a picture with a hole, beyond the network's and the picture's own."""
+    A, _, y = posed("scenes", "box", "validation")
+    world = WORLDS["scenes"]
+    D, setting = world.prior(), chosen("scenes", "box", solver) or {}
+
+    def run() -> None:
+        with one_thread(), torch.no_grad(), autocast("cpu"):
+            SOLVERS[solver](Task(D, A, y[:4], SIGMA_Y, CALLS, LOW, world.top, SampleNoise(0)), **setting)
+
+    run()
+    return {"solver": solver, "megabytes": round(metrics.peak_bytes(run) / 4e6, 3)}
 
 
 def takes(solver: str, A: LinearOperator) -> bool:
@@ -56,7 +87,7 @@ def restore(world: str, problem: str, solver: str, setting: dict[str, Any], spli
 
 def psnr(x: Tensor, x0: Tensor) -> float:
     """The mean over pictures of the PSNR in dB."""
-    return round(sum(metrics.psnr(a, b) for a, b in zip(x, x0, strict=True)) / len(x), 3)
+    return round(metrics.mean_psnr(x, x0), 3)
 
 
 def judged(world: str, draws: list[Tensor], x0: Tensor) -> Row:
