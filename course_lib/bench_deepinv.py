@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from course_lib import metrics
-from course_lib.denoisers import Counted
-from course_lib.devices import SampleNoise, autocast, generator, one_thread
+from course_lib.denoisers import Counted, low_precision
+from course_lib.devices import SampleNoise, generator, one_thread
 from course_lib.operators import Blur, LinearOperator, Mask
 from course_lib.posterior import ddnm_plus, ddrm, ddrm_start
 from course_lib.posterior.gradient import dps, dps_score
@@ -249,13 +249,7 @@ CLAIMED = {("DDRM", "deblurring"), *((solver, problem) for solver in (HALVED, "D
 @functools.cache
 def network() -> Denoiser:
     """The prior of the scenes, its network in bfloat16 where the hardware has it; solvers stay in float32."""
-    D = WORLDS["scenes"].prior()
-
-    def halved(x: Tensor, sigma: Tensor) -> Tensor:
-        with autocast("cpu"):
-            return D(x, sigma)
-
-    return halved
+    return low_precision(WORLDS["scenes"].prior())
 
 
 def solved(

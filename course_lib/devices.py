@@ -74,6 +74,22 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+FULL = ("allocate memory", "not enough memory", "out of memory")
+"""Words of a RuntimeError that tells of too little memory: a CPU's on Linux and on Windows, and MPS's."""
+
+
+@contextlib.contextmanager
+def short_of_memory(advice: str) -> Iterator[None]:
+    """Where memory runs out in what follows, raise torch.OutOfMemoryError with this one line that names a way out."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        full = isinstance(error, torch.OutOfMemoryError | MemoryError) or any(words in str(error) for words in FULL)
+        if not full:
+            raise
+        raise torch.OutOfMemoryError(advice) from error
+
+
 def generator(*key: int) -> torch.Generator:
     """Return a CPU generator whose stream is a function of the integers `key` alone; no two keys share one."""
     digest = hashlib.sha256(repr(tuple(int(k) for k in key)).encode()).digest()

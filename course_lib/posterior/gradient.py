@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from course_lib.devices import short_of_memory
 from course_lib.integrals import over
 from course_lib.operators.base import LinearOperator, Operator
 from course_lib.operators.noise import PoissonNoise
@@ -37,8 +38,6 @@ def gaussian_variance(std: float = 1.0) -> Variance:
 
 
 PAPER = gaussian_variance(1.0)
-FULL = ("allocate memory", "not enough memory", "out of memory")
-"""Words of a RuntimeError that tells of too little memory: a CPU's on Linux and on Windows, and MPS's."""
 
 
 def dps(step: Step, A: Operator, y: Tensor, zeta: float = 1.0, likelihood: Likelihood = "gaussian") -> Step:
@@ -211,17 +210,12 @@ class Traced:
 @contextmanager
 def _graph(x: Tensor) -> Iterator[None]:
     """Gradients on, and a way out named where there is no memory for them."""
-    try:
-        with torch.enable_grad():
-            yield
-    except (RuntimeError, MemoryError) as error:
-        full = isinstance(error, torch.OutOfMemoryError | MemoryError) or any(words in str(error) for words in FULL)
-        if not full:
-            raise
-        raise torch.OutOfMemoryError(
-            f"the graph through D does not fit into memory for x of shape {tuple(x.shape)}; take a smaller batch, or gradient "
-            "checkpointing: checkpointed(D, rows), and inside the network where it offers it"
-        ) from error
+    advice = (
+        f"the graph through D does not fit into memory for x of shape {tuple(x.shape)}; take a smaller batch, or gradient "
+        "checkpointing: checkpointed(D, rows), and inside the network where it offers it"
+    )
+    with short_of_memory(advice), torch.enable_grad():
+        yield
 
 
 def check_size(name: str, value: float) -> None:

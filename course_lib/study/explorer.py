@@ -63,8 +63,9 @@ class Panel(widgets.VBox):
 
     @property
     def values(self) -> dict[str, Any]:
-        """What the controls say now."""
-        return {name: control.value for name, control in self.controls.items()}
+        """What the controls say now, in nine digits: a browser's slider may answer 0.30000000000000004 for 0.3."""
+        said = {name: control.value for name, control in self.controls.items()}
+        return {name: float(f"{value:.9g}") if isinstance(value, float) else value for name, value in said.items()}
 
     @property
     def main_name(self) -> str | None:

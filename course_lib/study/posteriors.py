@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import math
 import textwrap
-import time
 from typing import NamedTuple
 
 import ipywidgets as widgets
@@ -40,11 +39,10 @@ class Problem(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """What a solver drew, (N, 2), or None and why; its distance to exact samples, seconds, and calls of D a sample."""
+    """What a solver drew, (N, 2), or None and why; its distance to exact samples, and calls of D a sample."""
 
     points: Tensor | None
     distance: float
-    seconds: float
     calls: int
     trouble: str = ""
 
@@ -101,15 +99,13 @@ class PosteriorExplorer(Explorer):
         A = Matrix(self.direction(problem.angle)[None])
         D = Counted(self._prior.denoiser)
         y = torch.full((self.SET, 1), problem.y, dtype=F64)
-        begun = time.perf_counter()
         with one_thread():
             try:
                 task = Task(D, A, y, problem.sigma_y, calls, self.LOW, self.HIGH, SampleNoise(seed))
                 x = SOLVERS[solver](task, **posteriors.chosen(solver))
             except (ValueError, FloatingPointError) as error:  # it cannot take this problem; others may
-                return Drawn(None, math.nan, 0.0, D.calls, str(error))
-            seconds = time.perf_counter() - begun
-            return Drawn(x, self._distance(problem, x), seconds, D.calls)
+                return Drawn(None, math.nan, D.calls, str(error))
+            return Drawn(x, self._distance(problem, x), D.calls)
 
     def _distance(self, problem: Problem, x: Tensor) -> float:
         return metrics.sliced_wasserstein(x, self.exact(problem).sample(self.SET, generator(1, 0)))
@@ -151,7 +147,7 @@ class PosteriorExplorer(Explorer):
     def _said(solver: str, drawn: Drawn, floor: float) -> str:
         if drawn.points is None:
             return f"{solver}: no samples"
-        return f"{solver}: distance {drawn.distance:.2f} (exact {floor:.2f})\n{drawn.calls} calls, {drawn.seconds:.2f} s"
+        return f"{solver}: distance {drawn.distance:.2f} (exact {floor:.2f})\n{drawn.calls} calls"
 
     def _coordinate(self, ax: Axes, exact: Mixture, along: Tensor, points: Tensor | None) -> None:
         """The exact density of one coordinate, and the histogram of the samples'."""

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from course_lib import metrics
-from course_lib.denoisers import Counted
-from course_lib.devices import SampleNoise, autocast, one_thread
+from course_lib.denoisers import Counted, low_precision
+from course_lib.devices import SampleNoise, one_thread
 from course_lib.operators import BlockAverage, LinearOperator
 from course_lib.posterior import snips, watched
 from course_lib.restoring import SETTINGS, SOLVERS, Task
@@ -34,14 +34,9 @@ def settings(solver: str) -> list[dict[str, Any]]:
 def published_snips(problem: str, seed: int, n: int = 8) -> Row:
     """SNIPS at the count of its authors' faces of 64 pixels: 500 levels, a geometric row from 90 to 0.01, five moves at each."""
     A, x0, y = (one[:n] if isinstance(one, Tensor) else one for one in posed("scenes", problem, "held out"))
-    noise, sigmas, D = SampleNoise(seed), exponential(500, 0.01, 90.0), Counted(WORLDS["scenes"].prior())
-
-    def prior(x: Tensor, sigma: Tensor) -> Tensor:
-        with autocast("cpu"):
-            return D(x, sigma).float()
-
+    noise, sigmas, D = SampleNoise(seed), exponential(500, 0.01, 90.0), Counted(low_precision(WORLDS["scenes"].prior()))
     with one_thread(), torch.no_grad():
-        found = sample(prior, 90.0 * noise(x0), sigmas, watched(snips(A, y, SIGMA_Y, noise, c=0.033, steps=5))).clamp(-1, 1)
+        found = sample(D, 90.0 * noise(x0), sigmas, watched(snips(A, y, SIGMA_Y, noise, c=0.033, steps=5))).clamp(-1, 1)
     return {"problem": problem, "seed": seed, "pictures": n, "calls": D.rows // n, "psnr": psnr(found, x0)}
 
 
@@ -49,10 +44,10 @@ def memory(solver: str) -> Row:
     """The most memory that lives at one time for a picture with a hole, beyond the network's and the picture's own."""
     A, _, y = posed("scenes", "box", "validation")
     world = WORLDS["scenes"]
-    D, setting = world.prior(), chosen("scenes", "box", solver) or {}
+    D, setting = low_precision(world.prior()), chosen("scenes", "box", solver) or {}
 
     def run() -> None:
-        with one_thread(), torch.no_grad(), autocast("cpu"):
+        with one_thread(), torch.no_grad():
             SOLVERS[solver](Task(D, A, y[:4], SIGMA_Y, CALLS, LOW, world.top, SampleNoise(0)), **setting)
 
     run()
@@ -74,15 +69,15 @@ def keys(solvers: tuple[str, ...] = NAMES) -> list[Row]:
 def restore(world: str, problem: str, solver: str, setting: dict[str, Any], split: str, seed: int) -> tuple[Tensor, float, float]:
     """Restored pictures, calls of the network a picture, and seconds a picture of one thread."""
     A, x0, y = posed(world, problem, split)
-    D, noise = Counted(WORLDS[world].prior()), SampleNoise(seed)
-    with one_thread(), torch.no_grad(), autocast("cpu"):
+    D, noise = Counted(low_precision(WORLDS[world].prior())), SampleNoise(seed)
+    with one_thread(), torch.no_grad():
         begun = time.process_time()
         if solver == "classical":
             found = classical(A, y, **setting)
         else:
             found = SOLVERS[solver](Task(D, A, y, SIGMA_Y, CALLS, LOW, WORLDS[world].top, noise), **setting)
         seconds = time.process_time() - begun
-    return found.float().clamp(-1, 1), D.rows / len(x0), seconds / len(x0)
+    return found.clamp(-1, 1), D.rows / len(x0), seconds / len(x0)
 
 
 def psnr(x: Tensor, x0: Tensor) -> float:
