@@ -41,6 +41,24 @@ def test_without_a_loop_a_change_is_drawn_at_once_and_in_place():
     assert toy.picture is picture and picture in toy.children and (decode(picture.value) == 40).all()
 
 
+def test_a_value_that_a_browser_has_rounded_is_the_same_value():
+    """Its slider snaps to min + n step: for 0.3 it answers 0.2999999999999998, which would be another setting to a cache."""
+
+    class Level(Explorer):
+        def __init__(self):
+            self.drawn = []
+            super().__init__({"y": widgets.FloatSlider(0.3, min=-2, max=2, step=0.1), "tiny": widgets.FloatText(1.23456789e-12)})
+
+        def draw(self, **values):
+            self.drawn.append(values)
+            return b""
+
+    level = Level()
+    level.controls["y"].value = -2 + 23 * 0.1
+    assert level.controls["y"].value != 0.3 and level.drawn[-1] == level.drawn[0] == {"y": 0.3, "tiny": 1.23456789e-12}
+    assert level.redraws == 1, "the first value is no redraw, and its echo is the first value again"
+
+
 @pytest.mark.parametrize("between, pause", [(0, explorer.PAUSE), (0.001, 0.2)])
 def test_rapid_changes_do_not_queue_and_the_last_wins(monkeypatch, between, pause):
     monkeypatch.setattr(explorer, "PAUSE", pause)  # the longer one allows for a machine on which 1 ms takes 10
