@@ -25,7 +25,7 @@ from course_lib.distillation import (
 )
 from course_lib.gaussians import Mixture
 from course_lib.metrics import sliced_wasserstein
-from course_lib.nets.low_rank import LowRank, low_rank
+from course_lib.nets.lora import LowRank, low_rank
 from course_lib.nets.mlp import MLP
 from course_lib.nets.unet import UNet
 from course_lib.sample import sample

@@ -19,7 +19,7 @@ from course_lib import metrics
 from course_lib.denoisers import NetworkDenoiser, from_edm
 from course_lib.devices import SampleNoise, autocast, channels_last, generator, pick_device
 from course_lib.distillation import consistency_distillation, consistency_step, from_consistency, progressive_round
-from course_lib.nets.low_rank import low_rank
+from course_lib.nets.lora import low_rank
 from course_lib.nets.unet import UNet
 from course_lib.sample import sample
 from course_lib.steps import ddim
