@@ -162,21 +162,7 @@ def from_diffusers(unet: torch.nn.Module, scheduler: Any, **condition: Any) -> N
     `encoder_hidden_states=`; it is flat, also where the UNet wants text_embeds and time_ids inside added_cond_kwargs.
     Raises ValueError for a prediction type that is not known and for times that are not those of the trained steps.
     """
-    config = scheduler.config
-    transformer = "hidden_states" in inspect.signature(unet.forward).parameters
-
-    def net(x: Tensor, time: Tensor, **kwargs: Any) -> Tensor:
-        x = x.to(next(unet.parameters()).dtype)
-        if transformer:
-            return unet(hidden_states=x, timestep=time.expand(len(x)), return_dict=False, **kwargs)[0]
-        added = {name: kwargs.pop(name) for name in ADDED if name in kwargs}
-        nested = {"added_cond_kwargs": added} if added else {}
-        return unet(x, time, return_dict=False, **kwargs, **nested)[0]
-
-    own = set(inspect.signature(unet.forward).parameters) - {"sample", "hidden_states", "timestep", "return_dict"}
-    if "kwargs" not in own:
-        net.conditions = sorted(own | set(ADDED) if "added_cond_kwargs" in own else own)  # what `given` may set
-
+    config, net = scheduler.config, _OfDiffusers(unet)
     if "alphas_cumprod" not in vars(scheduler):
         if not type(scheduler).__name__.startswith("FlowMatch"):
             raise ValueError(
@@ -190,6 +176,27 @@ def from_diffusers(unet: torch.nn.Module, scheduler: Any, **condition: Any) -> N
         raise ValueError(f"prediction_type = {config.prediction_type!r}; expected one of {', '.join(PREDICTIONS)}")
     schedule = discrete_of(scheduler)
     return NetworkDenoiser(net, PREDICTIONS[config.prediction_type], schedule.t_of_sigma, condition)
+
+
+class _OfDiffusers(torch.nn.Module):
+    """A network of diffusers, called as the course calls networks: net(x, time, **condition)."""
+
+    def __init__(self, unet: torch.nn.Module):
+        super().__init__()
+        self.unet = unet
+        own = set(inspect.signature(unet.forward).parameters)
+        self.transformer = "hidden_states" in own
+        own -= {"sample", "hidden_states", "timestep", "return_dict"}
+        if "kwargs" not in own:
+            self.conditions = sorted(own | set(ADDED) if "added_cond_kwargs" in own else own)  # what `given` may set
+
+    def forward(self, x: Tensor, time: Tensor, **condition: Any) -> Tensor:
+        x = x.to(next(self.unet.parameters()).dtype)
+        if self.transformer:
+            return self.unet(hidden_states=x, timestep=time.expand(len(x)), return_dict=False, **condition)[0]
+        added = {name: condition.pop(name) for name in ADDED if name in condition}
+        nested = {"added_cond_kwargs": added} if added else {}
+        return self.unet(x, time, return_dict=False, **condition, **nested)[0]
 
 
 def discrete_of(scheduler: Any) -> Discrete:
