@@ -350,11 +350,33 @@ def bench_deepinv() -> list[Row]:
     return table()
 
 
+def bench_distill(rounds: int = 9) -> list[Row]:
+    """An iteration of SDS and of VSD on `mini-sd`: seconds beside the sum of its parts, rows that its networks see, peak memory.
+
+    The parts are bare calls of the networks and the second score's training step; the rest of an iteration is to vanish.
+    """
+    from course_lib import bench_distill as of
+
+    rows = []
+    for run in of.runs():
+        ours, *parts = _interleaved(run.distil, *run.parts.values(), rounds=rounds)
+        sums = [sum(seconds) for seconds in zip(*parts, strict=True)]
+        name = f"distill: {run.name}, {run.iterations} iterations"
+        rows.append(_row(name, ours, sums, " + ".join(run.parts), 1.05, noise=True))
+        counted = {name: sum(seen) / run.iterations for name, seen in of.rows_of_calls(run.distil, run.networks).items()}
+        beside = ", ".join(f"{name} {seen:g}" for name, seen in counted.items())
+        rows.append(_value(f"distill: {run.name}, work", sum(counted.values()), "rows an iteration", None, beside))
+        rows.append(_value(f"distill: {run.name}, peak memory", of.peak_mebibytes(run.distil), "MiB", None))
+    rows += [_value(f"distill: SDS {name}, peak memory", of.peak_mebibytes(run), "MiB", None) for name, run in of.pictures()]
+    return rows
+
+
 BENCHMARKS: dict[str, Callable[[], list[Row]]] = {
     "import": bench_import,
     "sampler": bench_sampler,
     "rules": bench_rules,
     "guidance": bench_guidance,
+    "distill": bench_distill,
     "gmm": bench_gmm,
     "inverse": bench_inverse,
     "deepinv": bench_deepinv,

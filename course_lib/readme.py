@@ -82,6 +82,13 @@ def _measured(metrics: dict[str, Any]) -> str:
     if "never_trained" in metrics:
         gains = ", ".join(f"{row['size']} px: {row['gain'][0]:+.2f} dB" for row in metrics["sizes"])
         return f"beside bicubic enlargement of the decoded 64 px, {gains}"
+    if "frechet_of_degraded" in metrics:
+        middle = metrics["loss_sigmas"].index(1.0)
+        names = [(split, f"loss_on_{split}_of_") for split in ("bad", "good")]
+        pairs = [(split, metrics[f"{name}degraded"][middle], metrics[f"{name}mini_sd"][middle]) for split, name in names]
+        loss = ", ".join(f"{split} pictures {a:.3f} and {b:.3f}" for split, a, b in pairs)
+        far = f"Fréchet distance {metrics['frechet_of_degraded']:.2f} and {metrics['frechet_of_mini_sd']:.2f}"
+        return f"its loss and that of `mini-sd` at noise level 1: {loss}; {far}"
     if "joint_error_mm" in metrics:
         mean = metrics["joint_error_of_the_mean_pose_mm"]
         return f"regressor {metrics['joint_error_mm']:.0f} mm from held-out joints, mean pose {mean:.0f} mm"

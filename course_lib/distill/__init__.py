@@ -4,16 +4,20 @@ rules   what pulls at x0: SDS, SJC, VSD, NFSD, and the two that edit or interval
 levels  which noise levels are asked about, and how each is weighted
 loop    the optimiser over theta
 second  scores that learn beside the pictures: VSD's second score, BSD's teacher
+exact   points in the plane: expectations by quadrature, what SDS minimises, basins, shares and spreads
 """
 
 from course_lib.distill.levels import Levels, Weight, dreamfusion, falling, log_uniform, of_score, one, uniform_times
 from course_lib.distill.loop import Companions, checkpointed, distill
 from course_lib.distill.rules import Rule, dds, distill_grad, ism, nfsd, point, sds, sjc, vsd
+from course_lib.distill.second import Bootstrapped, SecondScore, renoised
 
 __all__ = [
+    "Bootstrapped",
     "Companions",
     "Levels",
     "Rule",
+    "SecondScore",
     "Weight",
     "checkpointed",
     "dds",
@@ -27,6 +31,7 @@ __all__ = [
     "of_score",
     "one",
     "point",
+    "renoised",
     "sds",
     "sjc",
     "uniform_times",

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recomputed
 from tqdm.auto import tqdm
 
 from course_lib.devices import SampleNoise, autocast, generator, short_of_memory
@@ -53,8 +54,8 @@ def distill(
 
     The rule runs under no_grad: what it says is a vector and no loss. Noise of step k is a function of (seed, k) alone, so a
     run that resumes from `checkpoint` is the same run, bit for bit; `stop_at` ends this call earlier. Raises
-    FloatingPointError, with sigma, where a gradient is not finite: theta stays as it was; ValueError for a checkpoint of
-    another run; torch.OutOfMemoryError with what to make smaller.
+    FloatingPointError, with sigma, where a gradient is not finite, before or after its way back through g: theta stays as it
+    was; ValueError for a checkpoint of another run; torch.OutOfMemoryError with what to make smaller.
     """
     settings = {"steps": steps, "seed": seed}
     path, first = None if checkpoint is None else Path(checkpoint), 0
@@ -66,25 +67,25 @@ def distill(
         draws = generator(seed, step)
         noise, share = SampleNoise(draws.initial_seed()), step / max(steps - 1, 1)
         optimizer.zero_grad(set_to_none=True)
-        with short_of_memory(
-            f"step {step + 1} does not fit into memory; take fewer particles, smaller pictures, or checkpointed()"
-        ):
-            image = render()
+        advice = f"step {step + 1} does not fit into memory; take fewer particles, smaller pictures, or checkpointed()"
+        with short_of_memory(advice):
+            image = render().clone()  # where it is theta itself, theta moves on and what was shown stays
             x0 = image if encode is None else encode(image)
             sigma = levels(share, len(x0), draws)
             with torch.no_grad(), autocast(x0.device, half):
                 gradient = rule(x0.detach(), sigma, noise).to(x0.dtype)
             _check(gradient, sigma, step)
             x0.backward(gradient)
-        optimizer.step()
-        if companion is not None:
-            companion.learn(x0.detach(), share, draws)
+            _check_theta(optimizer, sigma, step)
+            optimizer.step()
+            if companion is not None:
+                companion.learn(x0.detach(), share, draws)
         done = step + 1
         on_step(done, image.detach())
         if path is not None and (done % save_every == 0 or done == last):
             _save(path, done, settings, render, optimizer, companion)
     with torch.no_grad():
-        return render()
+        return render().clone()
 
 
 class Companions:
@@ -106,8 +107,11 @@ class Companions:
 
 
 def checkpointed(encode: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """The same function, which keeps only its input for the way back and computes the rest again (Chen et al. 2016)."""
-    return lambda x: torch.utils.checkpoint.checkpoint(encode, x, use_reentrant=False)
+    """The same function, which keeps only its input for the way back and computes the rest again (Chen et al. 2016).
+
+    What it would keep is then not there while the rule's networks run: the peak is the larger of the two and not their sum.
+    """
+    return lambda x: recomputed(encode, x, use_reentrant=False)
 
 
 def _check(gradient: Tensor, sigma: Tensor, step: int) -> None:
@@ -117,6 +121,17 @@ def _check(gradient: Tensor, sigma: Tensor, step: int) -> None:
         raise FloatingPointError(
             f"the gradient of step {step + 1} is not finite at sigma = {', '.join(f'{one:.4g}' for one in where[:3].tolist())} "
             f"({len(where)} of {len(sound)} rows); expected finite numbers: look at D at this level, and at its guidance scale"
+        )
+
+
+def _check_theta(optimizer: torch.optim.Optimizer, sigma: Tensor, step: int) -> None:
+    grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    if not bool(torch.nn.utils.get_total_norm(grads).isfinite()):  # one wait for the device, whatever the number of weights
+        levels = sigma.reshape(-1)
+        where = ", ".join(f"{one:.4g}" for one in levels[:3].tolist())
+        raise FloatingPointError(
+            f"the gradient of step {step + 1} is finite with respect to x0 and not with respect to theta, at sigma = {where}"
+            f"{', ...' if len(levels) > 3 else ''}; expected finite numbers: look at render() and encode"
         )
 
 
@@ -132,7 +147,7 @@ def _save(
 def _resume(path: Path, settings: dict[str, int], render: nn.Module, optimizer: Any, companion: Companion | None) -> int:
     state = torch.load(path, weights_only=True)
     for name, value in settings.items():
-        if (saved := state["settings"][name]) != value:
+        if (saved := state.get("settings", {}).get(name)) != value:
             raise ValueError(
                 f"checkpoint = {path} belongs to a run with {name} = {saved}; expected {name} = {value}: delete it, or ask for "
                 "the same run"
@@ -141,7 +156,11 @@ def _resume(path: Path, settings: dict[str, int], render: nn.Module, optimizer: 
         raise ValueError(
             f"checkpoint = {path} has {'a' if 'companion' in state else 'no'} companion; expected the same run: delete it"
         )
-    render.load_state_dict(state["render"])
+    theta = state.get("render", {})
+    shapes, saved = ({name: tuple(value.shape) for name, value in of.items()} for of in (render.state_dict(), theta))
+    if shapes != saved:
+        raise ValueError(f"checkpoint = {path} has a theta of shapes {saved}; expected those of render, {shapes}: delete it")
+    render.load_state_dict(theta)
     optimizer.load_state_dict(state["optimizer"])
     if companion is not None:
         companion.load_state_dict(state["companion"])

@@ -146,13 +146,16 @@ def ism(D: Denoiser, D_ref: Denoiser, ratio: float = 0.8, steps: int = 4, low: f
 
     x0 is carried up the probability flow of D_ref, from level `low` to s = ratio sigma in `steps` steps and to t = sigma in one
     more. There is no fresh noise, so the same x0 gets the same gradient, and the two levels are neighbours, so their difference
-    is what the prompt adds to one step back. Raises ValueError unless 0 < ratio < 1 and steps >= 1.
+    is what the prompt adds to one step back. Raises ValueError unless 0 < ratio < 1, steps >= 1 and low > 0, and for a level
+    sigma with ratio sigma <= low.
     """
-    if not 0 < ratio < 1 or steps < 1:
-        raise ValueError(f"ratio = {ratio}, steps = {steps}; expected a ratio in (0, 1) and at least 1 step")
+    if not 0 < ratio < 1 or steps < 1 or not low > 0:
+        raise ValueError(f"ratio = {ratio}, steps = {steps}, low = {low}; expected a ratio in (0, 1), at least 1 step, low > 0")
 
     def rule(x0: Tensor, sigma: Tensor, noise: Noise) -> Tensor:
         s = ratio * float64(sigma)
+        if not bool((s > low).all()):  # nothing is to be carried up from a level above it
+            raise ValueError(f"sigma = {float(s.min()) / ratio:.4g}; expected levels above low / ratio = {low / ratio:.4g}")
         levels = [low * (s / low) ** (k / steps) for k in range(steps + 1)]
         x = x0
         for now, then in zip([*levels[:-1], s], [*levels[1:], float64(sigma)], strict=True):

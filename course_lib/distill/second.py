@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from course_lib.denoisers import NetworkDenoiser
 from course_lib.devices import SampleNoise, autocast
 from course_lib.distill.levels import Levels
-from course_lib.nets.lora import load_lora, lora_state, with_lora
+from course_lib.nets.lora import ATTENTION, load_lora, lora_state, with_lora
 from course_lib.sample import sample
 from course_lib.schedules import exponential
 from course_lib.training import denoising_loss
@@ -24,6 +24,7 @@ class Learner:
 
     D       the teacher under its prompt, without guidance; its weights are shared and stay as they are
     levels  draws the noise levels of its training
+    rank, targets  of the LoRA, see `with_lora`
     steps   of its optimiser at each call of `learn`; losses holds the mean loss of each
 
     It is a Denoiser, which is the teacher at first, and a companion of `distill`. The loss is that of DDPM,
@@ -34,13 +35,15 @@ class Learner:
         self,
         D: NetworkDenoiser,
         levels: Levels,
+        *,
         rank: int = 4,
+        targets: Sequence[str] = ATTENTION,
         lr: float = 1e-3,
         steps: int = 1,
         half: bool = False,
         seed: int = 0,
     ):
-        self.net = with_lora(D.net, rank, seed=seed)
+        self.net = with_lora(D.net, rank, targets, seed=seed)
         self.D, self.levels, self.steps, self.half = replace(D, net=self.net), levels, steps, half
         learns = [p for p in self.net.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(learns, lr=lr, betas=(0.9, 0.99), weight_decay=0.0)

@@ -105,6 +105,20 @@ def _posteriors() -> Panel:
     return study.PosteriorExplorer(posteriors.PRIOR)
 
 
+def _particles_distilled() -> Panel:
+    from course_lib import study
+    from course_lib.worlds import toys
+
+    return study.DistillExplorer(toys.three_blobs())
+
+
+def _picture_distilled() -> Panel:
+    from course_lib import study, zoo
+
+    bad = zoo.load("mini-sd-degraded") if zoo.available("mini-sd-degraded") else None
+    return study.ImageDistillExplorer(zoo.load("mini-sd"), bad)
+
+
 DEMOS: dict[str, Demo] = {
     "00": Demo("Start here", {"the world": _world, "a prompt becomes a picture": _prompt}),
     "01": Demo("The forward process", {"into noise": _schedules, "and back, by DDIM": lambda: _digits("DDIM")}),
@@ -115,6 +129,9 @@ DEMOS: dict[str, Demo] = {
     "05": Demo("Latent diffusion and architectures", {"latents and words": _latents}),
     "06": Demo("Inverse problems I: replacement and linear solvers", {"two solvers, one prior": _inverse}),
     "07": Demo("Inverse problems II: posterior, variational, particle and blind methods", {"the exact posterior": _posteriors}),
+    "08": Demo(
+        "Score distillation", {"particles under a rule": _particles_distilled, "a picture, distilled": _picture_distilled}
+    ),
 }
 """Lecture number -> what is shown; a new lecture's explorer is one row here."""
 

@@ -3,6 +3,8 @@
 from course_lib.study.canvas import Canvas
 from course_lib.study.code import source
 from course_lib.study.debugger import DebugExplorer
+from course_lib.study.distilled import DistillExplorer
+from course_lib.study.distilled_pictures import ImageDistillExplorer
 from course_lib.study.explorer import Explorer
 from course_lib.study.explorers import ReverseExplorer, ScheduleExplorer
 from course_lib.study.flows import FlowExplorer
@@ -22,9 +24,11 @@ __all__ = [
     "DENSITY",
     "Canvas",
     "DebugExplorer",
+    "DistillExplorer",
     "Explorer",
     "FlowExplorer",
     "GuidanceExplorer",
+    "ImageDistillExplorer",
     "InverseExplorer",
     "LatentExplorer",
     "ParticleExplorer",

@@ -38,6 +38,7 @@ RECIPES = {
     "scenes-reader-2": "course_lib.zoo.recipes.scenes_reader",
     "mini-sd": "course_lib.zoo.recipes.mini_sd",
     "mini-sd-any-scale": "course_lib.zoo.recipes.any_scale",
+    "mini-sd-degraded": "course_lib.zoo.recipes.degraded",
     "scenes-joint": "course_lib.zoo.recipes.scenes_joint",
     "scenes-prior": "course_lib.zoo.recipes.scenes_prior",
     "scenes-blind": "course_lib.zoo.recipes.scenes_blind",
