@@ -341,7 +341,7 @@ PARTS: stored.Parts = {
     "methods": (measure, [{"method": method, "w": w, "seed": seed} for seed in SEEDS for w in SCALES for method in METHODS]),
     "ablations": (ablate, [{"off": off, "w": w, "seed": seed} for seed in SEEDS for off, w in OFF]),
     "cosine": (aligned, [{"seed": seed, "w": w} for seed in SEEDS for w in (1.0, USUAL)]),
-    "bsd": (measure, [{"method": "BSD", "w": USUAL, "seed": seed} for seed in SEEDS]),
+    "bsd": (measure, [{"method": method, "w": USUAL, "seed": seed} for seed in range(9) for method in ("VSD", "BSD")]),
     "pixels": (in_pixels, [{"kept": kept} for kept in ("kept", "recomputed")]),
     "generators": (of_generator, [{"generator": name} for name in GENERATORS]),
 }

@@ -157,10 +157,17 @@ def test_the_perturbation_of_sjc_does_not_show_here():
         assert abs(sign * (whole[0] - without[0])) < 3 * math.hypot(whole[1], without[1])
 
 
-def test_a_bootstrapped_teacher_brings_vsd_no_nearer_than_the_errors():
-    """Nearer to renders on average, at the same steps and rates, but by less than two standard errors: not shown."""
-    plain, boot = of("VSD", "frechet", distilled.USUAL), over_seeds("bsd", "frechet", method="BSD")
-    assert boot[0] < plain[0] and not surely_less(boot, plain)
+def test_a_bootstrapped_teacher_brings_vsd_nearer_to_renders():
+    """At the same steps and rates, seed by seed: the mean gain in Frechet distance is over two of its standard errors.
+
+    Of three seeds it was within them; six more were measured then.
+    """
+    plain, boot = ([row["frechet"] for row in distilled.rows("bsd") if row["method"] == method] for method in ("VSD", "BSD"))
+    gains = [a - b for a, b in zip(plain, boot, strict=True)]
+    assert len(gains) == 9 and statistics.mean(gains) > 2 * statistics.stdev(gains) / math.sqrt(len(gains))
+    assert plain[:3] == [
+        row["frechet"] for row in distilled.rows("methods") if (row["method"], row["w"]) == ("VSD", distilled.USUAL)
+    ]
 
 
 def test_pixels_learn_through_the_encoder_and_its_activations_need_not_be_kept():
