@@ -40,7 +40,7 @@ def runs(particles: int = PARTICLES, iterations: int = ITERATIONS) -> Iterator[R
     guided, levels = cfg(D, ref, GUIDANCE), uniform_times(model.schedule)
     second = SecondScore(D, levels)
     latents = Pixels(model.shape, particles, spread=1.0).to(device)
-    optimizer = torch.optim.Adam(latents.parameters(), lr=0.01)
+    optimizer = torch.optim.Adam(latents.parameters(), lr=0.01, fused=True)
     x, sigma = latents.theta.detach().clone(), levels(0.5, particles, generator(0))
 
     def repeated(part: Callable[[], Any]) -> Callable[[], Any]:
