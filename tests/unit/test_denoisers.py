@@ -5,7 +5,18 @@ import torch
 from torch.testing import assert_close
 
 from course_lib import schedules
-from course_lib.denoisers import batched, discrete_of, from_edm, from_eps, from_flow, from_v, from_x0
+from course_lib.denoisers import (
+    batched,
+    discrete_of,
+    from_diffusers,
+    from_edm,
+    from_eps,
+    from_flow,
+    from_v,
+    from_x0,
+    low_precision,
+)
+from course_lib.devices import bf16_pays
 from course_lib.gaussians import Mixture
 from course_lib.guidance import cfg
 from course_lib.nets.mlp import MLP
@@ -279,3 +290,27 @@ def test_discrete_of_reads_the_table_of_a_scheduler():
         assert schedule.name == name
         found = schedule.alpha_bar(torch.arange(1000, dtype=F64))
         assert_close(found, scheduler.alphas_cumprod.double(), rtol=1e-9, atol=1e-12)
+
+
+def test_low_precision_is_the_network_s_alone():
+    """Within the call products are in bfloat16 where the hardware has it, around it never; what comes back is of x's type."""
+    within = []
+
+    def net(x, time):
+        within.append((x @ x.mT).dtype)
+        return x @ torch.eye(x.shape[-1])
+
+    D, x, sigma = from_x0(net, lambda sigma: sigma), torch.randn(2, 4, 4), torch.tensor(0.5)
+    found = low_precision(D)(x, sigma)
+    assert found.dtype == (x @ x.mT).dtype == torch.float32
+    assert within == [torch.bfloat16 if bf16_pays("cpu") else torch.float32]
+    assert_close(found, D(x, sigma), rtol=2**-8, atol=0)  # bfloat16 keeps eight bits
+
+
+def test_a_network_of_diffusers_is_a_module_whose_weights_can_be_found():
+    from diffusers import DDIMScheduler, UNet2DModel
+
+    shape = {"sample_size": 8, "block_out_channels": (8, 8), "layers_per_block": 1, "norm_num_groups": 4}
+    unet = UNet2DModel(down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2, **shape)
+    D = from_diffusers(unet, DDIMScheduler())
+    assert isinstance(D.net, torch.nn.Module) and {id(p) for p in D.net.parameters()} == {id(p) for p in unet.parameters()}
