@@ -262,7 +262,7 @@ def load(net: nn.Module, path: Path | str, prefix: str = "unet") -> None:
     Raises ValueError as `load_lora`, and for a file that is no safetensors file.
     """
     try:
-        with safe_open(path, "pt") as file:
+        with safe_open(path, "pt") as file:  # no mapping: without keys() it cannot be walked over
             header, state = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"path = {path} is no safetensors file ({error}); expected one of save(net, path)") from None
