@@ -309,12 +309,40 @@ def bench_distill(rounds: int = 9) -> list[Row]:
     return rows
 
 
+def bench_control(rounds: int = 9) -> list[Row]:
+    """A control of `mini-sd`: sampling with it over without, its training over fine-tuning all, and the operations behind both.
+
+    The limits are what the operations give and a quarter; published beside them, for the shares of another network.
+    """
+    from course_lib import bench_control as of
+    from course_lib.bench_distill import peak_mebibytes
+
+    expected = of.expected()
+    with_control, without, _ = of.sampling()
+    ours, other = _interleaved(with_control, without, rounds=rounds)
+    beside = "without control; operations give {:.2f}; published {}"
+    said = {name: beside.format(expected[name], of.PUBLISHED[name]) for name in expected}
+    rows = [_row("control: sampling", ours, other, said["sampling"], 1.25 * expected["sampling"], noise=True)]
+    steps = [of.learning(of_control).step for of_control in (True, False)]
+    ours, other = _interleaved(*steps, rounds=rounds)
+    what = said["training"].replace("without control", "fine-tuning the whole U-Net")
+    rows.append(_row("control: a training step", ours, other, what, 1.25 * expected["training"], noise=True))
+    held = [peak_mebibytes(of.whole(of_control)) for of_control in (True, False)]
+    beside = f"{held[0]:.0f} MiB over {held[1]:.0f} of fine-tuning the whole U-Net"
+    rows.append(_value("control: memory of training", held[0] / held[1], "times", None, beside))
+    for part in of.parts():
+        beside = f"{part.weights:,} weights"
+        rows.append(_value(f"control: {part.name}", part.flops / 1e6, "MFLOP a picture", None, beside))
+    return rows
+
+
 BENCHMARKS: dict[str, Callable[[], list[Row]]] = {
     "import": bench_import,
     "sampler": bench_sampler,
     "rules": bench_rules,
     "guidance": bench_guidance,
     "distill": bench_distill,
+    "control": bench_control,
     "gmm": bench_gmm,
     "inverse": bench_inverse,
     "deepinv": bench_deepinv,

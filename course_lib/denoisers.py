@@ -7,7 +7,7 @@ D(x, sigma) = c_skip(sigma) x + c_out(sigma) net(c_in(sigma) x, c_noise(sigma)).
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -190,8 +190,12 @@ class _OfDiffusers(torch.nn.Module):
         if "kwargs" not in own:
             self.conditions = sorted(own | set(ADDED) if "added_cond_kwargs" in own else own)  # what `given` may set
 
-    def forward(self, x: Tensor, time: Tensor, **condition: Any) -> Tensor:
+    def forward(self, x: Tensor, time: Tensor, residuals: Sequence[Tensor] | None = None, **condition: Any) -> Tensor:
+        """`residuals` are what controls add to the features of the decoder, the middle's last; see nets/control.py."""
         x = x.to(next(self.unet.parameters()).dtype)
+        if residuals is not None:
+            *down, middle = residuals
+            condition |= {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
         if self.transformer:
             return self.unet(hidden_states=x, timestep=time.expand(len(x)), return_dict=False, **condition)[0]
         added = {name: condition.pop(name) for name in ADDED if name in condition}

@@ -52,6 +52,19 @@ def _measured(metrics: dict[str, Any]) -> str:
     if "prompts" in metrics:
         right = ", ".join(f"{name} {row['obeyed']['all']:.1%}" for name, row in metrics["prompts"].items())
         return f"pictures that show all of their prompt: {right}; VAE {metrics['vae']['seen combinations']['psnr_db']:.1f} dB"
+    if "without control" in metrics:
+        kinds = {"given lines": "edge", "given near": "depth", "given classes": "seg"}
+        given, error = next(pair for pair in kinds.items() if pair[0] in metrics)
+        each = [metrics[key][error] for key in (f"{given} beside the prompt alone", "without control", "reconstructed renders")]
+        names = {"edge": "1 - F1 of edges", "depth": "RMSE of nearness", "seg": "1 - mean IoU"}
+        return f"{names[error]} {each[0]:.3f}, without control {each[1]:.3f}; renders read through the VAE {each[2]:.3f}"
+    if "mini-style" in metrics:
+        kept = metrics["mini-style"]
+        return f"in the style {kept['styled']:.1%}; pictures that show their prompt {kept['obeyed']['all']:.1%}"
+    if "seen combinations, as rendered, rendered" in metrics:
+        held = metrics["held-out combinations, as rendered, rendered"]
+        read = f"edges' F1 {1 - held['edge']:.2f}, RMSE of nearness {held['depth']:.3f}, mean IoU {1 - held['seg']:.2f}"
+        return f"{read} on held-out renders"
     if "student" in metrics:
         calls = ", ".join(f"{calls}: {row['frechet']:.4f}" for calls, row in sorted(metrics["student"].items(), reverse=True))
         return f"Fréchet distance by network calls {calls}; real digits {metrics['frechet_floor']:.4f}"

@@ -6,6 +6,8 @@ mirror image, each block also fed the kept result of its level. Time and class e
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -99,6 +101,7 @@ class UNet(nn.Module):
         out: int | None = None,
     ):
         super().__init__()
+        self.conditions = ["label"]  # what a Denoiser of this network may be given
         if any(width % 8 or width % max(1, width // 32) for width in widths):
             raise ValueError(f"widths = {widths}; expected multiples of 8, and of 32 from 64 on")
         emb = 4 * widths[0]
@@ -120,6 +123,7 @@ class UNet(nn.Module):
                 c = width
                 kept.append(c)
 
+        self.widths = (*kept, c)  # of the features that `encode` returns
         self.middle = nn.ModuleList([
             Level(c, c, emb, dropout, max(1, c // 32)),
             Level(c, c, emb, dropout, 0),
@@ -154,17 +158,31 @@ class UNet(nn.Module):
         if len(wrong):
             raise ValueError(f"label = {int(wrong[0])}; expected from 0 to {self.classes - 1}, or {self.classes} for no class")
 
-    def forward(self, x: Tensor, time: Tensor, label: Tensor | None = None) -> Tensor:
+    def encoder(self) -> UNet:
+        """A copy of the encoder and the middle alone, for `encode`."""
+        alone = copy.deepcopy(self)
+        del alone.up, alone.last_norm, alone.last
+        return alone
+
+    def encode(self, x: Tensor, time: Tensor, label: Tensor | None = None, hint: Tensor | float = 0.0) -> list[Tensor]:
+        """The features that the decoder is given, the middle's last: those of first(x) + hint."""
         if x.shape[-1] % self.factor or x.shape[-2] % self.factor:
             raise ValueError(f"x has shape {tuple(x.shape)}; expected height and width divisible by {self.factor}")
         emb = self.embed(time, label, len(x))
-        h = self.first(x)
+        h = self.first(x) + hint
         kept = [h]
         for layer in self.down:
             h = layer(h, emb) if isinstance(layer, Level) else layer(h)
             kept.append(h)
         for layer in self.middle:
             h = layer(h, emb)
+        return [*kept, h]
+
+    def forward(self, x: Tensor, time: Tensor, label: Tensor | None = None, residuals: Sequence[Tensor] | None = None) -> Tensor:
+        *kept, h = self.encode(x, time, label)
+        if residuals is not None:  # what a control adds to each, see nets/control.py
+            *kept, h = (feature + r for feature, r in zip((*kept, h), residuals, strict=True))
+        emb = self.embed(time, label, len(x))
         for layer in self.up:
             if isinstance(layer, Level):
                 h = layer(torch.cat([h, kept.pop()], 1), emb)

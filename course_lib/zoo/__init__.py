@@ -39,9 +39,12 @@ RECIPES = {
     "mini-sd": "course_lib.zoo.recipes.mini_sd",
     "mini-sd-any-scale": "course_lib.zoo.recipes.any_scale",
     "mini-sd-degraded": "course_lib.zoo.recipes.degraded",
+    "mini-style": "course_lib.zoo.recipes.style",
     "scenes-joint": "course_lib.zoo.recipes.scenes_joint",
     "scenes-prior": "course_lib.zoo.recipes.scenes_prior",
     "scenes-blind": "course_lib.zoo.recipes.scenes_blind",
+    **dict.fromkeys(("mini-control-edge", "mini-control-depth", "mini-control-seg"), "course_lib.zoo.recipes.control"),
+    "scenes-maps": "course_lib.zoo.recipes.scenes_maps",
     "figures": "course_lib.zoo.recipes.figures",
     "scenes-pyramid": "course_lib.zoo.recipes.scenes_pyramid",
     **{
@@ -118,9 +121,9 @@ def stand_in(name: str) -> str:
 
 def load(name: str, device: str | None = None) -> Any:
     """Return the trained model of this name, in evaluation mode: a Denoiser; for readers of digits the network, of scenes a
-    `readers.SceneReader`; for `ring-*` and `digits-*` the three models of a family; for `blobs-reflow` three
-    dicts of flows, first, reflowed and shuffled; for `figures` a regressor and a Denoiser of poses; for a pipeline a
-    `pretrained.Pretrained`.
+    `readers.SceneReader`, of maps a `map_judge.MapJudge`; for controls a `nets.control.ControlNet`; for `ring-*` and
+    `digits-*` the three models of a family; for `blobs-reflow` three dicts of flows, first, reflowed and shuffled; for
+    `figures` a regressor and a Denoiser of poses; for a pipeline a `pretrained.Pretrained`.
 
     A pipeline is embedded, a local folder, a short name of `hub.toml` or a hub id. Raises ZooError, in one line, for an
     unknown name, missing or damaged weights, a wrong hash, and for a hub id where there is no network.
@@ -135,6 +138,8 @@ def load(name: str, device: str | None = None) -> Any:
 
         facts, folder = card(name), WEIGHTS / name
         folders.verify_folder(folder, facts["files"])
+        if folders.INDEX not in facts["files"]:  # one network, not a pipeline
+            return recipe(name).opened(folder).to(pick_device(device))
         return pretrained.load(folder, name, device, words=frozenset(facts["words"]) if "words" in facts else None)
     module = recipe(name)
     net = read(name).to(pick_device(device))
@@ -173,10 +178,13 @@ def read(name: str) -> nn.Module:
 def save(name: str, net: nn.Module, facts: dict[str, Any], weights: Path = WEIGHTS, cards: Path = CARDS) -> Path:
     """Write the weights in half precision and the card with their hash; each file is replaced at once or not at all.
 
-    A network with a `pipeline()` is written as the folder that diffusers' save_pretrained makes; its card has every file's hash.
+    A network with a `pipeline()`, and one whose recipe has `exported(net)`, a model of diffusers, is written as the folder that
+    diffusers' save_pretrained makes; its card has every file's hash.
     """
     if hasattr(net, "pipeline"):
         return _save_pipeline(name, copy.deepcopy(net).pipeline(), {**facts, "words": net.words}, Path(weights), Path(cards))
+    if exported := getattr(recipe(name), "exported", None) if name in RECIPES else None:
+        return _save_folder(name, exported(net), facts, Path(weights), Path(cards))
     state = {
         key: (value.half() if value.is_floating_point() else value).cpu().contiguous() for key, value in net.state_dict().items()
     }
@@ -193,12 +201,17 @@ def _write_card(name: str, full: dict[str, Any], cards: Path) -> None:
 
 
 def _save_pipeline(name: str, pipeline: Any, facts: dict[str, Any], weights: Path, cards: Path) -> Path:
+    for part in (pipeline.unet, pipeline.vae):
+        part.register_to_config(_name_or_path=name)  # else the folder of this machine from which it was loaded
+    return _save_folder(name, pipeline, facts, weights, cards)
+
+
+def _save_folder(name: str, part: Any, facts: dict[str, Any], weights: Path, cards: Path) -> Path:
+    """What `part.save_pretrained` writes, in half precision, as one folder that is replaced at once."""
     weights.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=weights) as temporary:
         new, old, target = Path(temporary) / "new", Path(temporary) / "old", weights / name
-        for part in (pipeline.unet, pipeline.vae):
-            part.register_to_config(_name_or_path=name)  # else the folder of this machine from which it was loaded
-        pipeline.to(torch.float16).save_pretrained(new, safe_serialization=True)
+        (part.half() if isinstance(part, nn.Module) else part.to(torch.float16)).save_pretrained(new, safe_serialization=True)
         contents = {path.relative_to(new).as_posix(): path.read_bytes() for path in sorted(new.rglob("*")) if path.is_file()}
         if target.exists():
             target.rename(old)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -36,19 +36,33 @@ REAL = 2_000
 
 
 def generate(
-    model: Pretrained, prompts: Sequence[str], w: float, seed: int = 0, steps: int = STEPS, progress: bool = False
+    model: Pretrained,
+    prompts: Sequence[str],
+    w: float,
+    seed: int = 0,
+    steps: int = STEPS,
+    progress: bool = False,
+    condition: Mapping[str, Tensor] | None = None,
+    reference: Mapping[str, Tensor] | None = None,
 ) -> Tensor:
     """Pictures (N, 3, H, W) in [-1, 1] of these prompts: DDIM in `steps` steps under classifier-free guidance `w`.
 
-    Picture i depends on prompt i and (seed, i), not on its batch.
+    condition  what `model.denoiser` is given beside the text, such as a control's maps, one row for each prompt
+    reference  the same for the half of the guidance without text; as `condition` where it is None
+
+    Picture i depends on prompt i, its conditions and (seed, i), not on its batch.
     """
     sigmas, pictures = model.sigmas(steps), []
+    halves = [condition or {}, (condition if reference is None else reference) or {}]
     for first in tqdm(range(0, len(prompts), BATCH), desc=f"generating at w = {w:g}", unit="batch", disable=not progress):
         some = list(prompts[first : first + BATCH])
-        D = cfg(model.denoiser.given(**model.embed(some)), model.denoiser.given(**model.embed([""] * len(some))), w)
+        rows = [{name: value[first : first + BATCH].to(model.device) for name, value in half.items()} for half in halves]
+        texts = (some, [""] * len(some))
+        pair = [model.denoiser.given(**model.embed(text), **given) for text, given in zip(texts, rows, strict=True)]
         x = model.start(SampleNoise(seed, first)(torch.empty(len(some), *model.shape, device=model.device)), sigmas[0])
         with autocast(model.device), torch.no_grad():
-            pictures.append(model.decode(model.finish(sample(D, x, sigmas), sigmas[-1])).float().cpu())
+            found = model.finish(sample(cfg(*pair, w), x, sigmas), sigmas[-1])
+            pictures.append(model.decode(found).float().cpu())
     return torch.cat(pictures)
 
 

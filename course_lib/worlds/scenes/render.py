@@ -21,7 +21,8 @@ from course_lib.worlds.scenes.tracing import FAR, GAMMA, Hits, Stage, cast, line
 
 RAYS = 1 << 18  # rays at a time: enough to drown the cost of an operation, few enough for the cache of a processor
 TILE = 1.2  # side of a tile of the checkered ground, in world units
-AMBIENT, SUN = 0.42, 0.75
+LAMPS = (0.42, 0.75)
+"""How strong the ambient light is, and the sun."""
 SKY = ((0.93, 0.95, 0.97), (0.60, 0.76, 0.93))  # at the horizon and above
 
 
@@ -61,11 +62,11 @@ def _lit(stage: Stage, n: Tensor, p: Vectors, hits: Hits, like: Tensor) -> Tenso
     return towards * torch.where(own, seen, seen[like])
 
 
-def _shade(stage: Stage, n: Tensor, d: Vectors, p: Vectors, hits: Hits, lit: Tensor) -> list[Tensor]:
+def _shade(stage: Stage, n: Tensor, d: Vectors, p: Vectors, hits: Hits, lit: Tensor, lamps: tuple[float, float]) -> list[Tensor]:
     """Linear colours, three of (M,): Lambert's law, an ambient light that comes from above, and a haze over far ground."""
     entry = torch.where(hits.material > 0, hits.material + 1, hits.thing + len(ACCENTS) + 1)
     entry = torch.where(hits.thing > 0, entry, _tile(p)) + n * stage.palette.shape[2]
-    light = AMBIENT * (0.65 + 0.35 * hits.normal[2]) + SUN * lit
+    light = lamps[0] * (0.65 + 0.35 * hits.normal[2]) + lamps[1] * lit
     haze = (((p[0].square() + p[1].square()).sqrt() - 4) / 14).clamp(0, 1)
     haze = torch.where(hits.thing == 0, haze * haze * (3 - 2 * haze), (hits.thing < 0).to(haze.dtype))
     lift = (d[2] * 2.5).clamp(0, 1)
@@ -120,24 +121,29 @@ def _check(scenes: Scenes, size: int, samples: int, view: Camera | None) -> None
             raise ValueError(f"the camera of scene {i} stands inside its object {k}; expected it outside")
 
 
-def render(scenes: Scenes, size: int = 64, samples: int = 2, view: Camera | None = None) -> Rendered:
+def render(
+    scenes: Scenes, size: int = 64, samples: int = 2, view: Camera | None = None, lamps: tuple[float, float] = LAMPS
+) -> Rendered:
     """Draw `scenes` at size x size pixels, on their device; where colours meet, samples x samples rays a pixel.
 
     Colour = albedo (ambient + sun * visible * max(n . l, 0)) in linear light, averaged over the rays of a pixel; a far
-    ground fades into the sky. With `view`, those cameras look instead of the scenes' own, under the same light. Raises
+    ground fades into the sky. With `view`, those cameras look instead of the scenes' own, under the same light. `lamps` are the
+    strengths of the ambient light and of the sun, without which nothing casts a shadow. Raises
     ValueError for a size outside 4 to 1024, samples outside 1 to 8, and a camera that stands inside an object.
     """
     _check(scenes, size, samples, view)
     view, chunk = view or camera(scenes), max(1, RAYS // size**2)
     chunks = [slice(i, i + chunk) for i in range(0, max(len(scenes), 1), chunk)]
     with torch.no_grad():
-        pieces = [_render(scenes[rows], Camera(view.eye[rows], view.axes[rows], view.fov), size, samples) for rows in chunks]
+        pieces = [
+            _render(scenes[rows], Camera(view.eye[rows], view.axes[rows], view.fov), size, samples, lamps) for rows in chunks
+        ]
     return Rendered(
         *(torch.cat([getattr(piece, name) for piece in pieces]) for name in ("rgb", "depth", "normal", "segmentation"))
     )
 
 
-def _render(scenes: Scenes, view: Camera, size: int, samples: int) -> Rendered:
+def _render(scenes: Scenes, view: Camera, size: int, samples: int, lamps: tuple[float, float]) -> Rendered:
     stage, count = stage_of(scenes, view), len(scenes)
     pixels = centres(size, stage.scale.device)
     n = torch.arange(count, device=pixels.device).repeat_interleave(len(pixels))
@@ -167,7 +173,7 @@ def _render(scenes: Scenes, view: Camera, size: int, samples: int) -> Rendered:
         like = torch.cat((like, torch.where(same, middle, -1)))
         p = _joined(p, _points(stage, n[middle], ray, near.t))
         n, d, hits = torch.cat((n, n[middle])), _joined(d, ray), _all(hits, near)
-    colours = _shade(stage, n, d, p, hits, _lit(stage, n, p, hits, like))
+    colours = _shade(stage, n, d, p, hits, _lit(stage, n, p, hits, like), lamps)
     rgb = []
     for colour in colours:
         pixel = colour[: len(where)]

@@ -18,13 +18,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from course_lib import metrics, zoo
 from course_lib.denoisers import NetworkDenoiser, from_diffusers
 from course_lib.devices import SampleNoise, autocast, generator
-from course_lib.nets.lora import ATTENTION, with_lora
+from course_lib.nets.lora import ATTENTION
 from course_lib.operators import gaussian_kernel
 from course_lib.sample import sample
 from course_lib.training import Fit, denoising_loss, fit
 from course_lib.types import Denoiser
 from course_lib.worlds.scenes.dataset import SceneDataset
 from course_lib.zoo.latent_scenes import encode
+from course_lib.zoo.lora_of import lora_of_mini_sd
 
 DATA = "3,000 training scenes of seed 51, one or two objects, blurred, oversaturated, noisy, posterised or blocky"
 SCENES = {"train": (3_000, 51), "held out": (512, 52)}
@@ -87,13 +88,7 @@ def latents(split: str, spoilt: bool = True) -> Tensor:
 
 def network(name: str = "mini-sd-degraded") -> nn.Module:
     """The U-Net of `mini-sd` with a LoRA that is still to learn, which alone is its state."""
-    net = with_lora(zoo.load("mini-sd", device="cpu").net, RANK, TARGETS, seed=SEED)
-    for module in net.modules():
-        for name, value in list(module.named_parameters(recurse=False)):
-            if not value.requires_grad:
-                delattr(module, name)
-                module.register_buffer(name, value.detach(), persistent=False)  # the weights are shipped with `mini-sd`
-    return net
+    return lora_of_mini_sd(RANK, TARGETS, SEED)
 
 
 def wrap(net: nn.Module) -> NetworkDenoiser:
