@@ -41,7 +41,7 @@ class NoisePrior:
     def start(self, labels: Tensor, sigma: Tensor | float, noise: Noise) -> Tensor:
         """x = m + sqrt(v + sigma^2) noise at level sigma, for the classes (B, h, w): (B, C, h, w)."""
         mean, variance = self.moments(labels, sigma)
-        return mean + variance * noise(mean)
+        return mean + variance.sqrt() * noise(mean)
 
     def nats(self, x0: Tensor, labels: Tensor, sigma: Tensor | float) -> Tensor:
         """-E log N(x; m, v + sigma^2) over x = x0 + sigma eps, in nats of each scene, (B,); smaller where the start is truer.
@@ -111,7 +111,7 @@ def _moments(x0: Tensor, labels: Tensor, classes: int, over: tuple[int, ...]) ->
         of = (labels == k)[:, None].double()  # (N, 1, h, w)
         count = of.sum(over, keepdim=True)
         mean = (of * x0).sum(over, keepdim=True) / count.clamp_min(1)
-        variance = (of * (x0 - mean) ** 2).sum(over, keepdim=True) / count.clamp_min(1)
+        variance = (of * (x0 - mean) ** 2).sum(over, keepdim=True) / (count - 1).clamp_min(1)
         found.append((count[0], mean[0], variance[0]))
     count, mean, variance = (torch.stack(parts) for parts in zip(*found, strict=True))
     return count, mean, variance

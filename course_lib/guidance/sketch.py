@@ -60,7 +60,7 @@ def sketch_guided(step: Step, predict: Predictor, target: Tensor, beta: float, l
         z, z_next = (at * right((1 + level**2).rsqrt(), x) for at, level in ((x, sigma), (x_next, sigma_next)))
         g = slope(predict, x, sigma, target)
         length = beta * norm(z - z_next) / norm(g).clamp_min(torch.finfo(g.dtype).tiny)  # where g is 0 nothing moves
-        return x_next - right((1 + sigma**2).sqrt() * inside, x) * length * g, None
+        return x_next - right((1 + sigma_next**2).sqrt() * inside, x) * length * g, None
 
     return guided
 
