@@ -14,15 +14,15 @@ from course_lib.nets.lora import loras
 from course_lib.worlds.scenes.dataset import SceneDataset
 from course_lib.worlds.scenes.maps import cut_outs
 from course_lib.worlds.scenes.render import render
-from course_lib.zoo import judge_style
+from course_lib.zoo import judge_controls, judge_style
 from course_lib.zoo.recipes import control as recipe
 from course_lib.zoo.recipes import style
 
 CONTROLS = {"mini-control-edge": "edge", "mini-control-depth": "depth", "mini-control-seg": "seg"}
-MODELS = (*CONTROLS, "mini-style", "scenes-maps")
+MODELS = (*CONTROLS, "mini-style")
 
 
-def test_all_models_of_the_lecture_take_nine_megabytes_and_each_control_forty_five_minutes() -> None:
+def test_all_controls_and_the_style_take_nine_megabytes_and_each_forty_five_minutes() -> None:
     assert sum(zoo.card(name)["bytes"] for name in MODELS) <= 9e6
     assert max(zoo.card(name)["seconds"] for name in MODELS) <= 45 * 60
 
@@ -83,7 +83,8 @@ def test_the_white_sheet_tells_cut_outs_from_renders() -> None:
     assert float(judge_style.sheet(cut_outs(of.scenes), around).min()) > judge_style.SHEET
     found = judge_style.sheet(seen.rgb, around)
     grey = (seen.rgb[0].mean(0)[around[0]] + 1) / 2
-    assert abs(float((grey < found[0]).double().mean()) - judge_style.DARKEST) <= 1 / len(grey)
+    below, up_to = (float(share.double().mean()) for share in (grey < found[0], grey <= found[0]))
+    assert below <= judge_style.DARKEST + 1 / len(grey) and up_to >= judge_style.DARKEST - 1 / len(grey)
     assert float((found > judge_style.SHEET).double().mean()) < 0.2
     assert float(judge_style.sheet(seen.rgb, torch.zeros_like(around)).min()) == 1
 
@@ -97,3 +98,30 @@ def test_mini_style_keeps_its_style_and_obeys() -> None:
     obeyed = {name: found[name]["obeyed"]["all"] for name in ("mini-style", "mini-sd")}
     assert obeyed["mini-style"] >= obeyed["mini-sd"] - noise
     assert found["mini-style"]["frechet"] < found["mini-sd"]["frechet"]
+
+
+FOLLOWED = 1 / 3
+"""What is left of the gap between no control and the floor of the judge, at most; measured, a tenth to a seventh."""
+
+
+@pytest.mark.parametrize("name", CONTROLS)
+def test_a_control_is_followed_and_prompts_are_still_obeyed(name: str) -> None:
+    """The floor is what the judge reads in reconstructed renders of the very scenes: no picture of `mini-sd`'s VAE is below."""
+    found, error = zoo.card(name)["metrics"], CONTROLS[name]
+    floor, without = found["reconstructed renders"], found["without control"]
+    noise = 2 * (2 * without["obeyed"] * (1 - without["obeyed"]) / found["scenes"]) ** 0.5  # of a difference of two shares
+    for layer in judge_controls.MAPS[error]:
+        for how in ("", " beside the prompt alone"):
+            given = found[f"given {layer}{how}"]
+            limit = FOLLOWED if how else 1 / 2
+            assert given[error] - floor[error] <= limit * (without[error] - floor[error]), (layer, how)
+            assert given["obeyed"] >= without["obeyed"] - 0.03 - noise, (layer, how)
+        assert found[f"given {layer} without a prompt"][error] < found["without control or prompt"][error]
+
+
+@pytest.mark.parametrize("name", ["mini-control-edge", "mini-control-depth"])
+def test_the_error_of_exact_maps_is_a_third_of_that_without_control(name: str) -> None:
+    """Of classes it cannot be: a third is .1455, and the judge errs by .152 on reconstructed renders."""
+    found, error = zoo.card(name)["metrics"], CONTROLS[name]
+    layer = judge_controls.MAPS[error][0]
+    assert 3 * found[f"given {layer} beside the prompt alone"][error] <= found["without control"][error]
