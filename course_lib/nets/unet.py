@@ -166,9 +166,11 @@ class UNet(nn.Module):
 
     def encode(self, x: Tensor, time: Tensor, label: Tensor | None = None, hint: Tensor | float = 0.0) -> list[Tensor]:
         """The features that the decoder is given, the middle's last: those of first(x) + hint."""
+        return self._features(x, self.embed(time, label, len(x)), hint)
+
+    def _features(self, x: Tensor, emb: Tensor, hint: Tensor | float = 0.0) -> list[Tensor]:
         if x.shape[-1] % self.factor or x.shape[-2] % self.factor:
             raise ValueError(f"x has shape {tuple(x.shape)}; expected height and width divisible by {self.factor}")
-        emb = self.embed(time, label, len(x))
         h = self.first(x) + hint
         kept = [h]
         for layer in self.down:
@@ -179,10 +181,10 @@ class UNet(nn.Module):
         return [*kept, h]
 
     def forward(self, x: Tensor, time: Tensor, label: Tensor | None = None, residuals: Sequence[Tensor] | None = None) -> Tensor:
-        *kept, h = self.encode(x, time, label)
+        emb = self.embed(time, label, len(x))
+        *kept, h = self._features(x, emb)
         if residuals is not None:  # what a control adds to each, see nets/control.py
             *kept, h = (feature + r for feature, r in zip((*kept, h), residuals, strict=True))
-        emb = self.embed(time, label, len(x))
         for layer in self.up:
             if isinstance(layer, Level):
                 h = layer(torch.cat([h, kept.pop()], 1), emb)
