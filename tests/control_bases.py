@@ -56,6 +56,12 @@ def pixels(classes: int, dtype: torch.dtype) -> Base:
     return Base(D, x, torch.tensor([0.4, 2.0], dtype=F64), labels, 1)
 
 
+def random_mini_sd() -> NetworkDenoiser:
+    """`mini-sd`'s U-Net with random weights, frozen."""
+    torch.manual_seed(3)
+    return from_diffusers(mini_sd.unet().eval().requires_grad_(False), mini_sd.scheduler())
+
+
 def latents(dtype: torch.dtype) -> Base:
     torch.manual_seed(3)
     unet = mini_sd.unet((32, 64)).to(dtype).eval().requires_grad_(False)

@@ -17,7 +17,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from course_lib.worlds.scenes.attributes import SHAPES
+from course_lib.worlds.scenes.attributes import FIELD_OF_VIEW, SHAPES, SIZES
+from course_lib.worlds.scenes.sampling import DISTANCES
 
 Point = tuple[float, float]
 Line = tuple[Point, ...]
@@ -25,8 +26,12 @@ Line = tuple[Point, ...]
 SIDE = 64
 """Pixels of the sheet that is drawn on; strokes are counted in them, the upper left corner is (0, 0)."""
 COUNT, SEED = 50, 13
-RADIUS = {1: {"small": 12.0, "large": 18.0}, 2: {"small": 8.5, "large": 12.5}}
-"""Half the size of what is drawn, by how many things are on the sheet: about as large as the world shows them."""
+RADIUS = {
+    count: {size: SIDE * scale / ((near + far) * math.tan(math.radians(FIELD_OF_VIEW / 2))) for size, scale in SIZES.items()}
+    for count, (near, far) in DISTANCES.items()
+}
+"""Half the size of what is drawn, by how many things are on the sheet: that of the ball around an object of the world, from
+its mean distance."""
 BRUSHES = (2.0, 3.0)
 STEP = 1.0
 """Pixels between the points of a stroke."""

@@ -16,6 +16,7 @@ from course_lib.nets import mini_sd
 from course_lib.nets.adapters import adapted, concat_of, gaussian_of, light_of, t2i_of, told
 from course_lib.nets.control import control_of
 from course_lib.nets.unet import UNet
+from tests.control_bases import random_mini_sd
 
 OF = {"light": light_of, "gaussian": gaussian_of, "concat": concat_of, "t2i": t2i_of}
 ZERO = ("light", "concat")
@@ -25,9 +26,7 @@ SIGMA = torch.tensor([0.3, 5.0])
 
 @pytest.fixture(scope="module")
 def base() -> NetworkDenoiser:
-    """`mini-sd`'s U-Net with random weights, frozen."""
-    torch.manual_seed(3)
-    return from_diffusers(mini_sd.unet().eval().requires_grad_(False), mini_sd.scheduler())
+    return random_mini_sd()
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,7 @@ from course_lib.worlds.scenes import sampling
 from course_lib.worlds.scenes.boxes import boxes, extent, in_place, iou
 from course_lib.worlds.scenes.maps import classes
 from course_lib.worlds.scenes.render import render
+from tests.control_bases import random_mini_sd
 
 SIGMA = torch.tensor([0.3, 5.0])
 LAID = ("boxes", "phrases", "masks")
@@ -25,9 +26,7 @@ LAID = ("boxes", "phrases", "masks")
 
 @pytest.fixture(scope="module")
 def base() -> NetworkDenoiser:
-    """`mini-sd`'s U-Net with random weights, frozen."""
-    torch.manual_seed(3)
-    return from_diffusers(mini_sd.unet().eval().requires_grad_(False), mini_sd.scheduler())
+    return random_mini_sd()
 
 
 @pytest.fixture(scope="module")

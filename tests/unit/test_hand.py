@@ -64,14 +64,6 @@ def test_points_of_a_stroke_are_about_a_pixel_apart():
             assert max(steps) < 3 * hand.STEP
 
 
-def test_sizes_are_those_of_the_world():
-    """A ball of radius s, seen in the middle from the distance d, has s / (d tan 22.5 degrees) of half the picture's side."""
-    for count, distance in ((1, 3.6), (2, 5.3)):
-        for size, scale in SIZES.items():
-            true = 32 * scale / (distance * np.tan(np.radians(22.5)))
-            assert hand.RADIUS[count][size] == pytest.approx(true, rel=0.1)
-
-
 def test_ink_of_another_size_is_the_same_drawing():
     one = hand.sketches(1)[0]
     large = torch.nn.functional.avg_pool2d(hand.ink(one, 128), 2)
