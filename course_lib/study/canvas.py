@@ -109,7 +109,7 @@ class Canvas(widgets.VBox):
         surface.on_touch_move(lambda touches: self._move(*touches[0]))
         surface.on_touch_end(lambda touches: self._up())
         surface.on_touch_cancel(lambda touches: self._up())
-        surface.on_client_ready(self._send_all)
+        surface.on_client_ready(self._paint_page)
         self.eraser.on_click(lambda _: self.clear())
         self.observe(self._redrawn, names="value")
 
@@ -152,7 +152,7 @@ class Canvas(widgets.VBox):
         if tuple(_checked(picture).shape[1:]) != tuple(self._size):
             raise ValueError(f"picture has shape {tuple(picture.shape)}; expected {self._size[0]} x {self._size[1]} pixels")
         self._paper, self._masks = pictures.to_rgb(picture[None], "picture")[0], True
-        self._send()
+        self._update_page()
 
     # --- events -----------------------------------------------------------------------------------
 
@@ -174,7 +174,7 @@ class Canvas(widgets.VBox):
 
     def _draw_on(self) -> None:
         _lay(self._ink, self._points[-2:], self.brush.value)
-        self._send()
+        self._update_page()
 
     def _redrawn(self, change: Any) -> None:
         before, strokes = change["old"].strokes, change["new"].strokes
@@ -182,7 +182,7 @@ class Canvas(widgets.VBox):
             before, self._ink[:] = (), 0
         for stroke in strokes[len(before) :]:
             _lay(self._ink, *stroke)
-        self._send()
+        self._update_page()
 
     # --- what is seen -----------------------------------------------------------------------------
 
@@ -192,7 +192,7 @@ class Canvas(widgets.VBox):
         colour = np.array(matplotlib.colors.to_rgb(style.COLOURS["guide"] if self._masks else "black"))
         return np.round(self._paper + share[..., None] * (255 * colour - self._paper)).astype(np.uint8)
 
-    def _send(self) -> None:
+    def _update_page(self) -> None:
         """Paint the pixels that the page does not show yet, each as a square: exact, and one message however many there are."""
         if self._sent is None:  # no page has asked yet
             return
@@ -201,7 +201,7 @@ class Canvas(widgets.VBox):
         if len(rows):
             self._paint(seen, rows, columns)
 
-    def _send_all(self) -> None:
+    def _paint_page(self) -> None:
         """Paint all for a page that opens the canvas; what was sent before reached other pages alone."""
         # ipycanvas names the canvas of a command only where the last one was for another; a new page knows of no last one
         self._aside.clear()
