@@ -28,9 +28,9 @@ from torch import Tensor, nn
 from course_lib.denoisers import NetworkDenoiser
 from course_lib.nets.control import (
     ControlNet,
+    check_given,
     check_map,
     check_rows,
-    check_scale,
     check_sides,
     control_of,
     controlled,
@@ -148,10 +148,7 @@ class Adapted(nn.Module):
     def check_condition(self, **condition: Any) -> None:
         """Raise ValueError for a condition map of another shape or range, and for scales that are none."""
         for name, adapter in self.adapters.items():
-            if condition.get(name) is not None:
-                check_map(name, condition[name], adapter.channels)
-            if condition.get(f"{name}_scale") is not None:
-                check_scale(f"{name}_scale", condition[f"{name}_scale"], len(adapter.widths))
+            check_given(name, condition, adapter.channels, len(adapter.widths))
 
     def forward(self, x: Tensor, time: Tensor, **condition: Any) -> Tensor:
         total: list[Tensor] | None = None

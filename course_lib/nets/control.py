@@ -221,10 +221,7 @@ class Controlled(nn.Module):
     def check_condition(self, **condition: Any) -> None:
         """Raise ValueError for a condition map of another shape or range, and for scales that are none."""
         for name, control in self.controls.items():
-            if condition.get(name) is not None:
-                check_map(name, condition[name], control.channels)
-            if condition.get(f"{name}_scale") is not None:
-                check_scale(f"{name}_scale", condition[f"{name}_scale"], len(control.zeros))
+            check_given(name, condition, control.channels, len(control.zeros))
         rest = {key: value for key, value in condition.items() if key.removesuffix("_scale") not in self.controls}
         if rest and (check := getattr(self.net, "check_condition", None)):
             check(**rest)
@@ -311,6 +308,14 @@ def fit_map(c: Tensor, size: int | tuple[int, int]) -> Tensor:
         stacklevel=2,
     )
     return F.interpolate(c, (height, width), mode="bilinear", antialias=True).clamp(0, 1)
+
+
+def check_given(name: str, condition: Mapping[str, Any], channels: int, layers: int) -> None:
+    """Raise ValueError for the map of this name, and for its scale, see `check_map` and `check_scale`, where they are given."""
+    if condition.get(name) is not None:
+        check_map(name, condition[name], channels)
+    if condition.get(f"{name}_scale") is not None:
+        check_scale(f"{name}_scale", condition[f"{name}_scale"], layers)
 
 
 def check_map(name: str, c: Tensor, channels: int) -> None:
