@@ -120,8 +120,8 @@ def test_a_control_is_followed_and_prompts_are_still_obeyed(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["mini-control-edge", "mini-control-depth"])
-def test_the_error_of_exact_maps_is_a_third_of_that_without_control(name: str) -> None:
-    """Of classes it cannot be: a third is .1455, and the judge errs by .152 on reconstructed renders."""
+def test_the_error_is_a_third_of_that_without_control(name: str) -> None:
+    """Of classes it is .177 of .435: a third is .1451, where the judge errs by .1401 on reconstructed renders."""
     found, error = zoo.card(name)["metrics"], CONTROLS[name]
-    layer = judge_controls.MAPS[error][0]
-    assert 3 * found[f"given {layer} beside the prompt alone"][error] <= found["without control"][error]
+    for layer in judge_controls.MAPS[error]:
+        assert 3 * found[f"given {layer} beside the prompt alone"][error] <= found["without control"][error], layer

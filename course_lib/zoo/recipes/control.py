@@ -26,7 +26,8 @@ from course_lib.zoo.recipes.settings import settings
 DATA = "24,000 training scenes of seed 62, one or two objects, with captions and condition maps"
 SCENES, SEED = 24_000, 62
 DROPPED = 0.5
-TRAINING: dict[str, Any] = {"steps": 2_000, "lr": 3e-3, "seed": 62}
+TRAINING: dict[str, Any] = {"lr": 3e-3, "seed": 62}
+STEPS = {"edge": 5_000, "depth": 2_000, "seg": 4_000}
 BATCH = 48
 
 
@@ -94,7 +95,7 @@ def train(
     """Minimise `loss_of` over `batches`."""
     model = zoo.load("mini-sd", device)
     draw = batches(mapped(SCENES, SEED), judge_controls.MAPS[kind(name)], model.schedule.sigma(torch.arange(1000)))
-    chosen = settings(TRAINING, steps=steps, lr=lr, seed=seed)
+    chosen = settings(TRAINING | {"steps": STEPS[kind(name)]}, steps=steps, lr=lr, seed=seed)
     return fit(network(name) if net is None else net, draw, loss_of(model), device=device, **chosen, **options)
 
 
