@@ -349,3 +349,9 @@ def test_bad_input_is_one_sentence() -> None:
     with pytest.raises(ValueError, match="size = 2"):
         render_clips(draw_clips(1, 0), 2)
     assert FOOT["sphere"] == 0.85  # what `clip` and the closed form of the sphere take for granted
+
+
+def test_a_ray_through_the_middle_of_an_object_that_is_not_there_misses_it() -> None:
+    """In the seventh frame of this roll a ray passes the centre of the absent second object, within rounding."""
+    clips = draw_clips(1, 8101, first=68)
+    assert bool(render_clips(clips).rgb.isfinite().all())

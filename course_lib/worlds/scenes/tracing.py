@@ -142,6 +142,7 @@ def _near(stage: Stage, n: Tensor, o: Vectors, d: Vectors, widen: float, thing: 
         along, scale = -dot(away, d), stage.scale.index_select(0, slot)
         reach = scale + widen * along.clamp(min=0) if widen else scale
         near = (dot(away, away) - along * along < reach * reach) & (along > -scale)
+        near &= scale > 0  # of an object that is not there; rounding may put a ray through its centre within it
         found.append(near.nonzero()[:, 0])
     ray = torch.cat(found)
     slot = torch.cat([n.index_select(0, rows) * stage.objects + k for k, rows in enumerate(found)])
