@@ -1,0 +1,1 @@
+"""Video: image models that learn to move."""
