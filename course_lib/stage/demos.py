@@ -119,6 +119,15 @@ def _picture_distilled() -> Panel:
     return study.ImageDistillExplorer(zoo.load("mini-sd"), bad)
 
 
+def _control() -> Panel:
+    from course_lib import zoo
+    from course_lib.study.control import ControlExplorer
+
+    trained = {kind: f"mini-control-{kind}" for kind in ("edge", "depth", "seg")}
+    controls = {kind: zoo.load(name) for kind, name in trained.items() if zoo.available(name)}
+    return ControlExplorer(zoo.load("mini-sd"), controls, zoo.load("scenes-maps"), zoo.load("scenes-reader"))
+
+
 DEMOS: dict[str, Demo] = {
     "00": Demo("Start here", {"the world": _world, "a prompt becomes a picture": _prompt}),
     "01": Demo("The forward process", {"into noise": _schedules, "and back, by DDIM": lambda: _digits("DDIM")}),
@@ -132,6 +141,7 @@ DEMOS: dict[str, Demo] = {
     "08": Demo(
         "Score distillation", {"particles under a rule": _particles_distilled, "a picture, distilled": _picture_distilled}
     ),
+    "13": Demo("ControlNet and spatial control", {"draw, and it is followed": _control}),
 }
 """Lecture number -> what is shown; a new lecture's explorer is one row here."""
 

@@ -2,6 +2,7 @@
 
 from course_lib.study.canvas import Canvas
 from course_lib.study.code import source
+from course_lib.study.control import ControlExplorer
 from course_lib.study.debugger import DebugExplorer
 from course_lib.study.distilled import DistillExplorer
 from course_lib.study.distilled_pictures import ImageDistillExplorer
@@ -23,6 +24,7 @@ __all__ = [
     "COLOURS",
     "DENSITY",
     "Canvas",
+    "ControlExplorer",
     "DebugExplorer",
     "DistillExplorer",
     "Explorer",

@@ -10,18 +10,10 @@ from course_lib import zoo
 from course_lib.devices import SampleNoise
 from course_lib.distill import distill_grad
 from course_lib.zoo import distilled
+from tests import seeds
+from tests.seeds import surely_less
 
-
-def over_seeds(part, measure, **key):
-    """Mean and standard error over the seeds of one number."""
-    values = [row[measure] for row in distilled.rows(part) if key.items() <= row.items()]
-    assert len(values) == len(distilled.SEEDS)
-    return statistics.mean(values), statistics.stdev(values) / math.sqrt(len(values))
-
-
-def surely_less(a, b, errors=2.0):
-    """Whether a is below b by so many standard errors of their difference."""
-    return b[0] - a[0] > errors * math.hypot(a[1], b[1])
+over_seeds = seeds.over_seeds(distilled, distilled.SEEDS)
 
 
 def test_all_methods_were_tuned_alike():
