@@ -455,7 +455,7 @@ table({f"{which}, {weights}, w = {w:g}": rows for (which, weights, w), rows in f
 # %% [markdown] slideshow={"slide_type": "slide"}
 # ## Without a text: guess mode
 #
-# Half of the texts were empty in training, so that the map alone says something. **Guess mode** gives the map to one half only, both texts empty: $D_{\text{ref}}+w\,(D_{\text{map}}-D_{\text{ref}})$ guides *by the map*, and scales that rise from 0.1 at the first feature to 1 at the last leave the coarse part stronger. *Claim*, on 200 test scenes and three seeds (`... controls_used unprompted`): without any text the edges are followed, and the shape is recognised in more than three pictures of ten, where chance gives one in eight.
+# Half of the texts were empty in training, so that the map alone says something. **Guess mode** gives the map to one half only, both texts empty: $D_{\text{ref}}+w\,(D_{\text{map}}-D_{\text{ref}})$ guides *by the map*, and scales that rise from 0.1 at the first feature to 1 at the last leave the coarse part stronger. *Claim*, on 200 test scenes and three seeds (`... controls_used unprompted`): without any text the edges are followed, and the shape is recognised in more than half of the pictures, where chance gives one in eight.
 
 # %% slideshow={"slide_type": "-"}
 found = by(controls_used.rows("unprompted"), "mode", "w")
@@ -469,7 +469,7 @@ for (mode, w), rows in found.items():
 blind = mean(found["nothing", 1.0], "edge")
 for key in (("both halves", 1.0), ("one half", 3.0), ("guess", 3.0)):
     assert max(row["edge"] for row in found[key]) < blind
-    assert min(row["finds"]["shape"] for row in found[key]) > 0.3
+    assert min(row["finds"]["shape"] for row in found[key]) > 0.5
 
 # %% [markdown] slideshow={"slide_type": "slide"}
 # ## Two controls at once
@@ -724,7 +724,7 @@ figures.told_by_features(controls_guided.rows("predictor"))
 # %% [markdown] slideshow={"slide_type": "slide"}
 # **Noise priors** (SCP-Diff; Gao et al. 2024). Sampling starts from $\mathcal N(0,I)$, but training never ended there: $\bar\alpha_T>0$ leaves some of $x_0$ in $x_T$. So start where noised scenes of this map are:
 # $$x=m(c)+\sqrt{v(c)+\sigma_{\max}^2}\;\epsilon,$$
-# with $m,v$ the mean and variance of latents at each place (*spatial*), of each class (*categorical*), or of each class at each place (*joint*). How much there is to gain can be computed before any picture is drawn: the difference in nats between the usual start and the prior, for true noised scenes.
+# with $m,v$ the mean and variance of latents at each place (*spatial*), of each class (*categorical*), or of each class at each place (*joint*). How much there is to gain can be computed before any picture is drawn: the difference in nats between the usual start and the prior, for true noised scenes. *Claim* (`... controls_guided priors 'late priors'`, 200 test scenes, three seeds): with two steps pictures under the control of classes come nearer to renders, by little from the end of the schedule, and by a fifth when sampling begins at the time that was best on validation scenes. With five steps and more there is nothing left to gain.
 
 # %% slideshow={"slide_type": "-"}
 for row in controls_guided.rows("mismatch"):
@@ -732,11 +732,25 @@ for row in controls_guided.rows("mismatch"):
     print(
         f"t = {row['t']}, σ = {row['sigma']:.1f}: of x0 there is {row['signal']:.1%} in x; nats gained a scene: {nats}"
     )
-started_at = by(controls_guided.rows("priors"), "steps", "prior")
+measures = ("seg", "obeyed", "frechet")
+from_the_end = by(controls_guided.rows("priors"), "steps", "prior")
 table(
-    {f"{steps} steps, {name}": rows for (steps, name), rows in sorted(started_at.items())},
-    ("seg", "obeyed", "frechet"),
+    {
+        f"{steps} steps from t = 999, {name}": rows
+        for (steps, name), rows in sorted(from_the_end.items())
+    },
+    measures,
 )
+later = by(controls_guided.rows("late priors"), "steps", "prior")
+table(
+    {
+        f"{steps} steps from t = {rows[0]['t']}, {name}": rows
+        for (steps, name), rows in sorted(later.items())
+    },
+    measures,
+)
+for began in (from_the_end, later):
+    assert mean(began[2, "joint"], "frechet") < mean(began[2, "plain"], "frechet")
 
 # %% [markdown] slideshow={"slide_type": "slide"}
 # ## Try it

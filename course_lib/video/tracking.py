@@ -22,7 +22,7 @@ from torch import Tensor
 
 from course_lib.worlds.scenes.attributes import FIELD_OF_VIEW, ORIENTED, SHAPES
 from course_lib.worlds.scenes.camera import centres
-from course_lib.worlds.scenes.clip_captions import PHRASES
+from course_lib.worlds.scenes.clip_captions import direction
 from course_lib.worlds.scenes.clips import BOUNCE, HOPS, MOTIONS, ORBIT, PAN, ROLL, ROUND, SLIDE, SPIN, ZOOM
 from course_lib.worlds.scenes.maps import NEAR
 from course_lib.worlds.scenes.sampling import DISTANCES, ELEVATIONS
@@ -109,14 +109,6 @@ class _Fit:
     cost: float
     amount: float
     of_thing: float
-
-
-def direction(motion: str, amount: float) -> str:
-    """The direction of a motion of this amount as captions name it: left, right, in, out, or "" where none is named."""
-    sides = [side for name, side in PHRASES if name == motion]
-    if len(sides) == 1:
-        return sides[0]
-    return sides[(amount > 0) != (sides[0] == "in")]
 
 
 def check(clips: Tensor, least: int = 2) -> Tensor:

@@ -42,10 +42,10 @@ class Calls:
     def __init__(self, D: NetworkDenoiser):
         self.net, self.controls, self.rows = 0, 0, []
         first = D.net.net.unet.conv_in if hasattr(D.net.net, "unet") else D.net.net.first
-        first.register_forward_hook(self.count("net"))
+        self.handles = [first.register_forward_hook(self.count("net"))]
         for control in D.net.controls.values():
             for part in (control.hint, control.copy.conv_in if hasattr(control.copy, "conv_in") else control.copy.first):
-                part.register_forward_hook(self.count("controls"))
+                self.handles.append(part.register_forward_hook(self.count("controls")))
 
     def count(self, name):
         def hook(module, inputs, output):
@@ -54,6 +54,20 @@ class Calls:
                 self.rows.append(len(output))
 
         return hook
+
+
+@pytest.fixture
+def calls_of():
+    """Makes `Calls` of a Denoiser, whose hooks are gone after the test: the locked networks serve others."""
+    made = []
+
+    def of(D):
+        made.append(Calls(D))
+        return made[-1]
+
+    yield of
+    for handle in (handle for calls in made for handle in calls.handles):
+        handle.remove()
 
 
 # --- the start ---------------------------------------------------------------------------------------------------------
@@ -207,7 +221,7 @@ def test_scale_0_takes_a_control_away_and_scales_multiply_residuals(kind):
 
 
 @kinds
-def test_controls_add_and_one_that_is_not_given_is_not_evaluated(kind):
+def test_controls_add_and_one_that_is_not_given_is_not_evaluated(kind, calls_of):
     of = base(kind)
     controls = {"edge": of.control(0, learnt=True), "depth": of.control(1, learnt=True)}
     D = controlled(of.of(), **controls)
@@ -219,7 +233,7 @@ def test_controls_add_and_one_that_is_not_given_is_not_evaluated(kind):
     in_turn = controlled(controlled(of.of(), edge=controls["edge"]).given(edge=of.map(1)), depth=controls["depth"])
     found = in_turn.given(**{name: value for name, value in told.items() if name != "edge"})(of.x, of.sigma)
     assert torch.equal(found, D.given(**told)(of.x, of.sigma))
-    calls = Calls(D)
+    calls = calls_of(D)
     for given, evaluated in (({}, 0), ({"edge": None}, 0), ({"edge_scale": torch.ones(1)}, 0), ({"edge": of.map()}, 1)):
         calls.controls = 0
         D.given(**given)(of.x, of.sigma)
@@ -232,7 +246,7 @@ def test_controls_add_and_one_that_is_not_given_is_not_evaluated(kind):
 
 @pytest.mark.parametrize("kind", ["classes", "text"])
 @pytest.mark.parametrize("halves", ["both", "one", "guess"])
-def test_guidance_is_one_call_of_network_and_copy_and_equals_two(kind, halves):
+def test_guidance_is_one_call_of_network_and_copy_and_equals_two(kind, halves, calls_of):
     of = base(kind, F64)
     D = controlled(of.D, edge=of.control(learnt=True))
     layers = len(D.net.controls["edge"].zeros)
@@ -242,7 +256,7 @@ def test_guidance_is_one_call_of_network_and_copy_and_equals_two(kind, halves):
     apart = [one(of.x, of.sigma) for one in pair]
     if halves != "both":
         assert torch.equal(apart[1], of.of(1)(of.x, of.sigma))
-    calls = Calls(D)
+    calls = calls_of(D)
     together = batched(*pair)(of.x, of.sigma)
     assert calls.net == 1 and calls.rows == [2 * B] and calls.controls == 2
     for found, expected in zip(together, apart, strict=True):

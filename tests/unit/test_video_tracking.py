@@ -11,10 +11,10 @@ from torch import Tensor
 
 from course_lib import zoo
 from course_lib.video import tracking
-from course_lib.video.tracking import Motions, direction, shares, smoothed, steady_turn, straightness, track
+from course_lib.video.tracking import Motions, shares, smoothed, steady_turn, straightness, track
 from course_lib.worlds.scenes.attributes import FIELD_OF_VIEW, GROUNDS, SHAPES, Scenes
 from course_lib.worlds.scenes.camera import centres
-from course_lib.worlds.scenes.clip_captions import directions
+from course_lib.worlds.scenes.clip_captions import direction, directions
 from course_lib.worlds.scenes.clips import BOUNCE, MOTIONS, ROLL, SLIDE, SPIN, ZOOM, Clips, draw_clips, render_clips
 
 SEED, EACH = 8_201, 10

@@ -52,13 +52,16 @@ class ClipReading:
     mover: dict[str, str] | None
 
 
+def direction(motion: str, amount: float) -> str:
+    """The direction of a motion of this amount as captions name it: left, right, in, out, or "" where none is named."""
+    sides = [side for name, side in PHRASES if name == motion]
+    return sides[0] if len(sides) == 1 else sides[(amount > 0) != (sides[0] == "in")]
+
+
 def directions(clips: Clips) -> list[str]:
-    """The direction of each clip's motion as captions name it: left, right, in, out, or "" where none is named."""
-    named = []
-    for motion, amount in zip(clips.motion.tolist(), clips.amount.tolist(), strict=True):
-        sides = [side for name, side in PHRASES if name == MOTIONS[motion]]
-        named.append(sides[0] if len(sides) == 1 else sides[(amount > 0) != (sides[0] == "in")])
-    return named
+    """The direction of each clip's motion, see `direction`."""
+    pairs = zip(clips.motion.tolist(), clips.amount.tolist(), strict=True)
+    return [direction(MOTIONS[motion], amount) for motion, amount in pairs]
 
 
 def motion_captions(clips: Clips, seed: int, first: int = 0) -> list[str]:
