@@ -568,7 +568,7 @@ for name, rows in variants.items():
 assert mean(variants["T2I-Adapter"], "edge") < mean(variants["ControlNet"], "edge")
 
 # %% [markdown] slideshow={"slide_type": "slide"}
-# In so few steps the ways that no zero holds up are ahead, T2I-Adapter and concatenation. The first of the five after 5,000 steps is `mini-control-edge`, above.
+# In so few steps T2I-Adapter and concatenation are ahead. The first of the five after 5,000 steps is `mini-control-edge`, above.
 #
 # **What the zeros are for** is not the end: there Gaussian convolutions are as good. It is the beginning. Without zeros noise is added to every feature before the first step. What that does to pictures, on the validation scenes before training and after 50 steps:
 

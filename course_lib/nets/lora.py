@@ -92,6 +92,11 @@ class LoRA(_Changed):
 # --- into a network and out of it ----------------------------------------------------------------------------------------
 
 
+def sharing(net: nn.Module) -> nn.Module:
+    """A network with the weights of `net`, held once, which have no gradient there; `net` stays as it is. Buffers are copied."""
+    return copy.deepcopy(net, {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in net.parameters()})
+
+
 def with_lora(
     net: nn.Module, rank: int, targets: Sequence[str] = ATTENTION, alpha: float | None = None, seed: int = 0
 ) -> nn.Module:
@@ -102,8 +107,7 @@ def with_lora(
     """
     if not isinstance(net, nn.Module):
         raise ValueError(f"net is a {type(net).__name__}; expected an nn.Module, of a pretrained pipeline `model.net`")
-    shared = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in net.parameters()}
-    child = copy.deepcopy(net, shared)
+    child = sharing(net)
     add_lora(child, rank, targets, alpha, seed)
     return child
 

@@ -16,7 +16,6 @@ those of attention maps, which are quadratic, are not linear in the number of fr
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -25,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from course_lib.denoisers import NetworkDenoiser
+from course_lib.nets.lora import sharing
 from course_lib.nets.temporal import ConvBlock, Mixed, TemporalAttention, TimeConv
 from course_lib.nets.unet import UNet
 from course_lib.video.pairs import convolutions, pairs, unet_of
@@ -143,7 +143,7 @@ class Inflated(nn.Module):
     def __init__(self, net: nn.Module, temporal: Temporal):
         super().__init__()
         check_fits(net, temporal)
-        self.net, self.temporal, self.mixing = _shared(net), temporal, 1.0
+        self.net, self.temporal, self.mixing = sharing(net), temporal, 1.0
         self.told = max((getattr(layer, "told", 0) for layer in temporal.layers().values()), default=0)
         if (names := getattr(net, "conditions", None)) is not None:
             self.conditions = [*names, "motion"] if self.told else list(names)
@@ -191,11 +191,6 @@ def _through(layer: nn.Module, T: int, m: float, motion: Tensor | None) -> Calla
         return (h, *output[1:]) if isinstance(output, tuple) else h
 
     return hook
-
-
-def _shared(net: nn.Module) -> nn.Module:
-    """A network of the same weights, without gradients and without a second copy of them; `net` stays as it is."""
-    return copy.deepcopy(net, {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in net.parameters()})
 
 
 def inflated(D: NetworkDenoiser, temporal: Temporal) -> NetworkDenoiser:

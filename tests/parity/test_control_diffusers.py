@@ -7,7 +7,6 @@ from diffusers import (
     DDIMScheduler,
     MultiControlNetModel,
     StableDiffusionControlNetPipeline,
-    UNet2DConditionModel,
 )
 from torch import nn
 
@@ -20,28 +19,10 @@ from course_lib.nets.unet import UNet
 from course_lib.sample import sample
 from course_lib.steps import ddim
 from tests import pipelines
+from tests.stable_like import CLOSE, stable_like
 
 B, STEPS, GUIDANCE, SCALE = 2, 5, 3.0, 0.7
 PROMPTS = ["a red cube", "a blue ball"]
-CLOSE = 1e-5
-"""Relative: fp32 networks of some ten layers round by about 2^-21 = 5e-7 of the largest number."""
-
-
-def stable_like(**options) -> UNet2DConditionModel:
-    """The blocks of Stable Diffusion 1.5, of few channels: the last attends to nothing, and each has two layers."""
-    torch.manual_seed(2)
-    settings = {
-        "sample_size": 8,
-        "layers_per_block": 2,
-        "block_out_channels": (8, 16, 16),
-        "norm_num_groups": 4,
-        "cross_attention_dim": 12,
-        "attention_head_dim": 2,
-        "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
-        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-    }
-    return UNet2DConditionModel(**settings | options).eval()
-
 
 UNETS = {
     "like Stable Diffusion 1.5": stable_like,

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from diffusers import AnimateDiffPipeline, MotionAdapter, UNet2DConditionModel, UNetMotionModel
+from diffusers import AnimateDiffPipeline, MotionAdapter, UNetMotionModel
 from diffusers.models.embeddings import SinusoidalPositionalEmbedding
 from diffusers.models.unets.unet_motion_model import AnimateDiffTransformer3D
 
@@ -15,27 +15,10 @@ from course_lib.sample import sample
 from course_lib.steps import ddim
 from course_lib.video.animatediff import from_diffusers, motion_lora, motion_of, to_diffusers
 from course_lib.video.inflation import Inflated, inflated
+from tests.stable_like import CLOSE, stable_like
 
 B, T, STEPS, GUIDANCE = 2, 5, 4, 3.0
 PROMPTS = ["a red cube", "a blue ball"]
-CLOSE = 1e-5
-"""Relative: fp32 networks of some ten layers round by about 2^-21 = 5e-7 of the largest number."""
-
-
-def stable_like(**options) -> UNet2DConditionModel:
-    """The blocks of Stable Diffusion 1.5, of few channels: the last attends to nothing, and each has two layers."""
-    torch.manual_seed(2)
-    settings = {
-        "sample_size": 8,
-        "layers_per_block": 2,
-        "block_out_channels": (8, 16, 16),
-        "norm_num_groups": 4,
-        "cross_attention_dim": 12,
-        "attention_head_dim": 2,
-        "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
-        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-    }
-    return UNet2DConditionModel(**settings | options).eval()
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from course_lib.video.inflation import (
     mixed,
     temporal_of,
 )
-from tests.control_bases import F64, B, base, randomised
+from tests.control_bases import F64, B, base, random_mini_sd, randomised
 from tests.draws import normal
 from tests.video_bases import SIGMAS, WAYS, T, clips, frame_by_frame, gap, kinds, video, ways
 
@@ -259,3 +259,18 @@ def test_convolutions_and_sinusoids_know_the_order(way):
     order = torch.tensor([2, 0, 3, 1])
     with torch.no_grad():
         assert gap(D(x[:, order], SIGMAS["one"]), D(x, SIGMAS["one"])[:, order]) > 1e-4
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_gradients_do_not_depend_on_how_the_image_model_lies_in_memory(way):
+    """`zoo.load` keeps weights channels-last, where group normalisation without a copy would end the process."""
+    found = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        D = random_mini_sd()
+        D.net.to(memory_format=layout)
+        temporal = randomised(WAYS[way](D.net), seed=1)
+        x, text = normal(2, 3, 4, 8, 8, seed=2).float(), normal(2, 5, 128, seed=3).float()
+        inflated(D, temporal).given(encoder_hidden_states=text)(x, torch.tensor([0.4, 2.0])).square().mean().backward()
+        found.append(torch.cat([p.grad.flatten() for p in temporal.parameters()]))
+    # fp32 kernels of two layouts add in another order: some ten layers there and back, 2^-21 each, and room for cancellation
+    assert float((found[0] - found[1]).abs().max()) < 1e-4 * float(found[0].abs().max())

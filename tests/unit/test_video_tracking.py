@@ -247,6 +247,6 @@ def test_a_clip_is_read_alone(clips: tuple[Clips, Tensor], tracked: Motions) -> 
 
 def test_errors_name_what_is_wrong() -> None:
     with pytest.raises(ValueError, match=r"clips has shape \(1, 3, 3, 64, 64\).*F >= 4"):
-        track(torch.zeros(1, 3, 3, 64, 64), None, None)  # type: ignore[arg-type]
+        track(torch.zeros(1, 3, 3, 64, 64), None, None)
     with pytest.raises(ValueError, match="expected square frames with a side that 16 divides"):
-        track(torch.zeros(1, 8, 3, 64, 32), None, None)  # type: ignore[arg-type]
+        track(torch.zeros(1, 8, 3, 64, 32), None, None)
