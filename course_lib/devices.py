@@ -55,7 +55,11 @@ def autocast(device: torch.device | str, enabled: bool = True) -> AbstractContex
 
 def channels_last(net: nn.Module, device: torch.device | str) -> nn.Module:
     """Move `net` to `device` in channels-last layout, which convolutions of 2-D pictures prefer."""
-    return net.to(device, memory_format=torch.channels_last)
+    net = net.to(device)
+    for tensor in (*net.parameters(), *net.buffers()):
+        if tensor.ndim == 4:  # weights of 3-D convolutions have no such layout
+            tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
+    return net
 
 
 def compiled(net: nn.Module, device: torch.device | str) -> nn.Module:

@@ -58,7 +58,7 @@ def _measured(metrics: dict[str, Any]) -> str:
         each = [metrics[key][error] for key in (f"{given} beside the prompt alone", "without control", "reconstructed renders")]
         names = {"edge": "1 - F1 of edges", "depth": "RMSE of nearness", "seg": "1 - mean IoU"}
         return f"{names[error]} {each[0]:.3f}, without control {each[1]:.3f}; renders read through the VAE {each[2]:.3f}"
-    if "mini-style" in metrics:
+    if "styled" in metrics.get("mini-style", {}):
         kept = metrics["mini-style"]
         return f"in the style {kept['styled']:.1%}; pictures that show their prompt {kept['obeyed']['all']:.1%}"
     if "seen combinations, as rendered, rendered" in metrics:
@@ -109,6 +109,21 @@ def _measured(metrics: dict[str, Any]) -> str:
         both = metrics["psnr_of_denoised_and_of_prior"].items()
         gains = ", ".join(f"{told - alone:+.1f} dB at noise level {sigma}" for sigma, (told, alone) in both)
         return f"denoises held-out pictures, told y and the kernel, better than `scenes-prior` by {gains}"
+    if "frame by frame" in metrics:
+        ours, alone = metrics["seed 0"], metrics["frame by frame"]
+        far = f"Fréchet video distance {ours['frechet']:.2f}, frame by frame {alone['frechet']:.1f}"
+        return f"motion as asked in {ours['word']:.0%} of clips, shape and colour in {ours['identity']:.0%} of frames; {far}"
+    if "video decoder" in metrics:
+        ours, image = metrics["video decoder"], metrics["image decoder"]
+        return f"flicker {ours['flicker']:.4f}, PSNR {ours['psnr']} dB; image decoder {image['flicker']:.4f}, {image['psnr']} dB"
+    if "shuffled" in metrics:
+        read = ", ".join(f"{kind} {metrics[kind]['word']:.0%}" for kind in ("true", "reconstructed", "shuffled", "frozen"))
+        return f"motion of held-out clips read as it was drawn: {read}"
+    if "mini-style" in metrics:
+        base, style = metrics["mini-sd"], metrics["mini-style"]
+        if "direction" in base:
+            return f"its motion and direction on `mini-sd` {base['direction']:.0%}, on `mini-style` {style['direction']:.0%}"
+        return f"on `mini-style` the style kept in {style['style']:.0%} of frames, motion read in {style['moving']:.0%} of clips"
     quality, read = metrics["quality_at_guidance_1"], min(metrics["class_read_as_asked"].values())
     return f"class read as asked {read:.1%}, precision {quality['precision']:.2f}, recall {quality['recall']:.2f}"
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import base64
 import copy
-import io
 import re
 import time
 from collections.abc import Callable
@@ -19,9 +18,8 @@ from pathlib import Path
 import nbformat
 from nbformat import NotebookNode
 
-from course_lib.grading import source
+from course_lib.grading import pictures, source
 from course_lib.grading.paths import CourseError, one_thread_env, root, sources
-from course_lib.study.pictures import small_png
 from course_lib.training import write_atomically
 
 LIMIT = 500_000  # bytes a notebook
@@ -140,17 +138,6 @@ def _merge(outputs: list[NotebookNode]) -> list[NotebookNode]:
     return merged
 
 
-def _smaller(encoded: str) -> str:
-    """The same PNG with as few colours as the eye cannot tell from it; an animation stays as it is."""
-    from PIL import Image
-
-    picture = Image.open(io.BytesIO(base64.b64decode(encoded)))
-    if getattr(picture, "is_animated", False):
-        return encoded
-    smaller = base64.b64encode(small_png(picture.convert("RGB"), palettes=(32, 64, 128, 256))).decode()
-    return min(smaller, encoded, key=len)
-
-
 def _strip(output: NotebookNode) -> NotebookNode | None:
     """Drop stderr, progress bars, LaTeX twins and widget views (a poster stays); shrink pictures, blank out memory addresses."""
     if output.output_type == "stream":
@@ -165,6 +152,6 @@ def _strip(output: NotebookNode) -> NotebookNode | None:
         data["text/plain"] = _ADDRESS.sub("", data["text/plain"])
     data.pop("text/latex", None)
     if "image/png" in data:
-        data["image/png"] = _smaller(data["image/png"])
+        data["image/png"] = base64.b64encode(pictures.smaller(base64.b64decode(data["image/png"]))).decode()
     output.get("metadata", {}).pop(WIDGET, None)
     return output

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import html
+import importlib.metadata
 import io
 import re
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ from course_lib.training import write_atomically
 
 STATIC = Path(__file__).parent / "static"
 PAGES = Path(__file__).parent / "slides"  # our template, style and script
+MATHJAX = "sphinx-mathjax-offline"  # the package that brings MathJax as files; we use nothing else of it
 WIDTH, HEIGHT = 1280, 720  # of a slide, in its own pixels; a browser scales it to its window
 LINES = 28  # of code or print that fill a slide
 SHOWN, ENLARGED, TALL = 0.85 * 900, 3, 560  # slide pixels that a picture claims across and down
@@ -70,8 +72,17 @@ def render(notebook: NotebookNode, number: str, folder: Path) -> str:
         highlighting=HtmlFormatter(style="friendly").get_style_defs(".highlight"),
         reveal_style=read("reveal/reset.css") + read("reveal/reveal.css"),
         reveal=read("reveal/reveal.js").partition("//# sourceMappingURL")[0],
-        mathjax=read("mathjax/tex-svg-full.js"),
+        mathjax=mathjax(),
     )
+
+
+def mathjax() -> str:
+    """MathJax as one script: TeX with all its packages in, SVG out; CourseError where it is not installed."""
+    try:
+        script = importlib.metadata.distribution(MATHJAX).locate_file(f"{MATHJAX}/static/mathjax/tex-svg-full.js")
+        return Path(str(script)).read_text(encoding="utf-8")
+    except (importlib.metadata.PackageNotFoundError, FileNotFoundError):
+        raise CourseError(f"slides need MathJax: `pip install -c constraints.txt {MATHJAX}` brings it") from None
 
 
 def blocks(notebook: NotebookNode, number: str, folder: Path) -> Iterator[Block]:

@@ -128,6 +128,17 @@ def _control() -> Panel:
     return ControlExplorer(zoo.load("mini-sd"), controls, zoo.load("scenes-maps"), zoo.load("scenes-reader"))
 
 
+def _video() -> Panel:
+    """Clips are saved in the home folder: that of the notebook lasts no longer than the stage."""
+    from pathlib import Path
+
+    from course_lib import zoo
+    from course_lib.study.video import VideoExplorer
+
+    model, maps, reader = (zoo.load(name) for name in ("mini-video", "scenes-maps", "scenes-reader"))
+    return VideoExplorer(model, maps, reader, folder=Path.home())
+
+
 DEMOS: dict[str, Demo] = {
     "00": Demo("Start here", {"the world": _world, "a prompt becomes a picture": _prompt}),
     "01": Demo("The forward process", {"into noise": _schedules, "and back, by DDIM": lambda: _digits("DDIM")}),
@@ -141,6 +152,7 @@ DEMOS: dict[str, Demo] = {
     "08": Demo(
         "Score distillation", {"particles under a rule": _particles_distilled, "a picture, distilled": _picture_distilled}
     ),
+    "11": Demo("Video diffusion", {"a prompt becomes a clip": _video}),
     "13": Demo("ControlNet and spatial control", {"draw, and it is followed": _control}),
 }
 """Lecture number -> what is shown; a new lecture's explorer is one row here."""

@@ -25,6 +25,7 @@ from torch import nn
 
 from course_lib.devices import channels_last, pick_device
 from course_lib.training import write_atomically
+from course_lib.zoo import eighths
 
 RECIPES = {
     "digits": "course_lib.zoo.recipes.digits",
@@ -44,6 +45,10 @@ RECIPES = {
     "scenes-prior": "course_lib.zoo.recipes.scenes_prior",
     "scenes-blind": "course_lib.zoo.recipes.scenes_blind",
     **dict.fromkeys(("mini-control-edge", "mini-control-depth", "mini-control-seg"), "course_lib.zoo.recipes.control"),
+    "mini-video": "course_lib.zoo.recipes.video",
+    "mini-video-decoder": "course_lib.zoo.recipes.video_decoder",
+    **dict.fromkeys(("mini-motion", "mini-motion-zoom", "mini-motion-pan"), "course_lib.zoo.recipes.motion"),
+    "scenes-motion": "course_lib.zoo.recipes.scenes_motion",
     "scenes-maps": "course_lib.zoo.recipes.scenes_maps",
     "figures": "course_lib.zoo.recipes.figures",
     "scenes-pyramid": "course_lib.zoo.recipes.scenes_pyramid",
@@ -167,7 +172,8 @@ def read(name: str) -> nn.Module:
         raise ZooError(f"weights of {name!r} are missing at {path}; run `git checkout` on it, or `course train {name}`")
     data = _verified(path, path.stat().st_mtime, card(name)["sha256"], name)
     try:
-        state = {key: value.float() if value.is_floating_point() else value for key, value in load_bytes(data).items()}
+        kept = eighths.unpacked(load_bytes(data))
+        state = {key: value.float() if value.is_floating_point() else value for key, value in kept.items()}
     except SafetensorError as error:
         raise ZooError(f"weights of {name!r} at {path} are not a safetensors file ({error}); run `course train {name}`") from None
     net = recipe(name).network(name)
@@ -185,15 +191,21 @@ def save(name: str, net: nn.Module, facts: dict[str, Any], weights: Path = WEIGH
         return _save_pipeline(name, copy.deepcopy(net).pipeline(), {**facts, "words": net.words}, Path(weights), Path(cards))
     if exported := getattr(recipe(name), "exported", None) if name in RECIPES else None:
         return _save_folder(name, exported(net), facts, Path(weights), Path(cards))
-    state = {
-        key: (value.half() if value.is_floating_point() else value).cpu().contiguous() for key, value in net.state_dict().items()
-    }
-    data = save_bytes(state)
+    state = _packed(name, net)
+    data = save_bytes({key: value.cpu().contiguous() for key, value in state.items()})
     path = weights_path(name, weights)
     full = {"name": name, **facts, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     write_atomically(path, lambda temporary: temporary.write_bytes(data))
     _write_card(name, full, Path(cards))
     return path
+
+
+def _packed(name: str, net: nn.Module) -> dict[str, torch.Tensor]:
+    """The state of a network as its file holds it: in half precision, or in 8 bits where its recipe says so."""
+    state = net.state_dict()
+    if name in RECIPES and name in getattr(recipe(name), "IN_BYTES", ()):
+        return eighths.packed(state)
+    return {key: value.half() if value.is_floating_point() else value for key, value in state.items()}
 
 
 def _write_card(name: str, full: dict[str, Any], cards: Path) -> None:
@@ -227,10 +239,10 @@ def parameters(net: nn.Module) -> int:
     return sum(p.numel() for p in net.parameters())
 
 
-def in_half(net: nn.Module) -> nn.Module:
-    """The network with its weights rounded to half precision: what will be loaded, and so what is judged."""
+def as_kept(name: str, net: nn.Module) -> nn.Module:
+    """The network with its weights rounded as its file rounds them: what will be loaded, and so what is judged."""
+    kept = eighths.unpacked(_packed(name, net))
     with torch.no_grad():
-        for value in net.state_dict().values():
-            if value.is_floating_point():
-                value.copy_(value.half())
+        for key, value in net.state_dict().items():
+            value.copy_(kept[key])
     return net

@@ -46,7 +46,7 @@ def train(
         _forget(name)
     taken = before.get("seconds_of_stages", {})
     fit = recipe.train(name, device=device, checkpoint=checkpoint, **options)
-    trained = zoo.in_half(fit.net.cpu())
+    trained = zoo.as_kept(name, fit.net.cpu())
     asked = "".join(f" --{key} {value}" for key, value in (("from", start), ("steps", steps)) if value is not None)
     facts = {
         "command": " && ".join(filter(None, (before["command"], f"course train {name}{asked}"))),

@@ -327,7 +327,7 @@ def test_a_control_is_kept_in_half_precision_and_opened_again(kept):
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", "diffusion_pytorch_model.safetensors"]
     again = zoo.load("mini-control-edge", device="cpu")
     assert not again.training and not any(p.requires_grad for p in again.parameters())
-    found, expected = again.state_dict(), zoo.in_half(control).state_dict()
+    found, expected = again.state_dict(), zoo.as_kept("mini-control-edge", control).state_dict()
     assert found.keys() == expected.keys()
     assert all(value.dtype == torch.float32 and torch.equal(value, expected[name]) for name, value in found.items())
     x, text, c = normal(2, 4, 8, 8).float(), normal(2, 5, 128, seed=1).float(), torch.rand(2, 3, 64, 64)

@@ -111,7 +111,7 @@ def saved(done, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
     folder = tmp_path_factory.mktemp("zoo")
     with warnings.catch_warnings():
         warnings.simplefilter("error", FutureWarning)  # of diffusers, at a scheduler that it would have otherwise
-        target = zoo.save(NAME, zoo.in_half(copy.deepcopy(done.net)), {"steps": 6}, folder, folder)
+        target = zoo.save(NAME, zoo.as_kept(NAME, copy.deepcopy(done.net)), {"steps": 6}, folder, folder)
     assert target == folder / NAME
     return folder, json.loads((folder / f"{NAME}.json").read_text())
 
@@ -154,7 +154,7 @@ def test_diffusers_and_the_zoo_draw_the_same_from_the_saved_folder(saved, done) 
     assert_close(found, expected, rtol=0, atol=1e-4)
     assert float((found[0] - found[1]).abs().max()) > 0.05
     net = recipe.read(model)
-    assert same_weights(net, zoo.in_half(copy.deepcopy(done.net))) and net.words == done.net.words
+    assert same_weights(net, zoo.as_kept(NAME, copy.deepcopy(done.net))) and net.words == done.net.words
 
 
 def test_the_embedded_model_loads_by_its_name(saved, monkeypatch: pytest.MonkeyPatch) -> None:

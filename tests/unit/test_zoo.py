@@ -165,11 +165,13 @@ def test_saving_is_atomic(copy, monkeypatch):
 def test_recipes_resume_bit_for_bit(name, tmp_path, monkeypatch):
     """Six steps at once equal three steps, an interruption, and three more. Of mini-sd `steps` counts the last stage alone.
 
-    A recipe that first renders and encodes all of its scenes, for minutes, draws here from the first few of them.
+    A recipe that first renders and encodes all of its scenes or clips, for minutes, draws here from the first few of them.
     """
     module, options = zoo.recipe(name), {"steps": 6, "progress": False}
-    if isinstance(getattr(module, "SCENES", None), int):
-        monkeypatch.setattr(module, "SCENES", 200)
+    for owner in (module, zoo.recipe("mini-video")):
+        for constant, few in (("SCENES", 200), ("CLIPS", 40), ("LORA_CLIPS", 40)):
+            if isinstance(getattr(owner, constant, None), int):
+                monkeypatch.setattr(owner, constant, few)
     whole = module.train(name, **options)
     module.train(name, **options, stop_at=3, checkpoint=tmp_path / "run.ckpt")
     resumed = module.train(name, **options, checkpoint=tmp_path / "run.ckpt")

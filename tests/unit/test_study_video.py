@@ -1,0 +1,432 @@
+"""Clips that play, filmstrips and files of them; and the video explorer: its clips are the library's, and are read."""
+
+from __future__ import annotations
+
+import io
+import shutil
+import subprocess
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from course_lib import zoo
+from course_lib.devices import SampleNoise, autocast
+from course_lib.guidance import cfg
+from course_lib.nets import mini_sd
+from course_lib.sample import sample
+from course_lib.study import clips
+from course_lib.study import video as module
+from course_lib.study.pictures import render
+from course_lib.study.video import CELL, GAP, HEIGHT, MOTIONS, SILENT, TOP, WIDTH, VideoExplorer, asked, motion_name, said
+from course_lib.video.inflation import video_ldm_of
+from course_lib.worlds.scenes.clip_captions import PHRASES, motion_captions
+from course_lib.worlds.scenes.clips import draw_clips, render_clips
+from course_lib.zoo.video import clips_of, wrap
+from tests.control_bases import randomised
+from tests.shown import decode, inside_and_apart, levels
+
+PROMPT = "a large red car on grass"
+LONG = "a large turquoise snowman on top of a small turquoise snowman on a checkered floor, with light from the left"
+FRAMES = 4  # the least that a motion is read in
+
+
+def shots(png):
+    """The frames of an animated PNG, (T, H, W, 3), the ms that each stays, and how often it plays, 0 for ever."""
+    image, found, stays = Image.open(io.BytesIO(png)), [], []
+    for k in range(getattr(image, "n_frames", 1)):
+        image.seek(k)
+        found.append(np.asarray(image.convert("RGB")))
+        stays.append(image.info.get("duration"))
+    return np.stack(found), stays, image.info.get("loop")
+
+
+def noisy(*shape, seed=0):
+    """Clips that need all colours."""
+    return (2 * torch.rand(*shape, generator=torch.Generator().manual_seed(seed)) - 1).float()
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    """Two rendered clips (2, T, 3, 64, 64)."""
+    return render_clips(draw_clips(2, 5, "slide", objects=1, frames=FRAMES)).rgb
+
+
+# --- clips that play ------------------------------------------------------------------------------------------------------
+
+
+def test_every_pixel_of_every_frame_is_the_clips_and_it_plays_for_ever():
+    x = 1.2 * noisy(3, 5, 3, 6, 8)
+    found, stays, loop = shots(clips.animated_png(x, fps=20, scale=2, columns=2))
+    gap = clips.GAP
+    assert found.shape == (5, 2 * 12 + gap, 2 * 16 + gap, 3) and stays == [50.0] * 5 and loop == 0
+    for k in range(5):
+        for n, (y, left) in enumerate([(0, 0), (0, 16 + gap), (12 + gap, 0)]):
+            assert np.array_equal(found[k, y : y + 12, left : left + 16], levels(x[n, k], 2)), (n, k)
+    assert (found[:, 12 + gap :, 16:] == 255).all() and (found[:, :12, 16 : 16 + gap] == 255).all()
+
+
+def test_scenes_have_one_palette_that_the_eye_does_not_see(scenes):
+    png = clips.animated_png(scenes, scale=3)
+    found = shots(png)[0].astype(int)
+    assert Image.open(io.BytesIO(png)).mode == "P" and len(png) < 0.5 * len(clips.animated_png(noisy(*scenes.shape)))
+    for n in (0, 1):
+        left = n * (192 + clips.GAP)
+        off = np.abs(found[:, :, left : left + 192] - np.stack([levels(frame, 3) for frame in scenes[n]]))
+        assert off.mean() < clips.UNSEEN
+
+
+def test_titles_stand_above_their_clips_inside_and_apart(scenes):
+    titles = ["a title that is far wider than its clip", "b\n$c$", "d"]
+    x = torch.cat([scenes, scenes[:1]])
+    found = shots(clips.animated_png(x, scale=1, columns=3, titles=titles))[0]
+    top = clips.LINE * 2 + 4
+    assert (found[0] == found[1])[:top].all(), "titles stand still"
+    starts = [int(c) for c in (found[0, :top] < 128).any((0, 2)).nonzero()[0]]
+    words = np.split(starts, np.flatnonzero(np.diff(starts) > clips.GAP) + 1)
+    assert len(words) == 3 and words[0][0] >= 0 and words[-1][-1] < found.shape[2] - 1
+    pictures = (found[0, top:] < 250).all((0, 2)).nonzero()[0]
+    middles = [run.mean() for run in np.split(pictures, np.flatnonzero(np.diff(pictures) > 1) + 1)]
+    assert len(middles) == 3 and all(abs(word[[0, -1]].mean() - at) < 3 for word, at in zip(words, middles, strict=True))
+
+
+def test_equal_clips_give_equal_bytes_and_play_shows_them(scenes):
+    png = clips.animated_png(scenes, titles=["a", "b"])
+    assert clips.animated_png(scenes.double(), titles=["a", "b"]) == png
+    shown = clips.play(scenes, titles=["a", "b"])
+    assert shown.data == png and shown.format == "png"
+    assert clips.animated_png(scenes[0]) == clips.animated_png(scenes[:1])
+
+
+def test_a_clip_that_stands_still_lasts_as_long():
+    still = noisy(1, 1, 3, 8, 8).expand(1, 4, 3, 8, 8).clone()
+    still[:, 3] = -still[:, 3]
+    assert sum(shots(clips.animated_png(still, fps=8))[1]) == 500.0
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"clips": torch.zeros(2, 3, 8)}, r"clips has shape \(2, 3, 8\); expected \(N, T, 3, H, W\) or \(T, 3, H, W\)"),
+        ({"clips": torch.zeros(1, 4, 1, 8, 8)}, r"clips has shape \(1, 4, 1, 8, 8\); expected"),
+        ({"clips": torch.zeros(1, 0, 3, 8, 8)}, r"clips has shape \(1, 0, 3, 8, 8\); expected"),
+        ({"clips": torch.full((1, 2, 3, 8, 8), float("nan"))}, r"not finite, first in frame 0 of clip 0; expected numbers"),
+        ({"fps": 0}, r"fps = 0; expected a positive number"),
+        ({"scale": 1.5}, r"scale = 1.5; expected a whole number, at least 1"),
+        ({"columns": 0}, r"columns = 0; expected a whole number, at least 1"),
+        ({"titles": ["a"]}, r"titles has 1 entries; expected one for each of the 2 clips"),
+    ],
+)
+def test_what_cannot_be_played_is_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        clips.animated_png(**{"clips": torch.zeros(2, 4, 3, 8, 8)} | options)
+
+
+def test_a_filmstrip_has_a_row_for_each_clip_its_frames_in_order_and_their_numbers(scenes):
+    figure = clips.filmstrip(scenes, ["one", "the other of the two"], every=2)
+    (axes,) = figure.axes
+    sheet, texts = decode(render(figure)).astype(int), {text.get_text(): text for text in axes.texts}
+    assert set(texts) == {"one", "the other of the two", "frame", "0", "2"}
+    side = clips.SIDE // 64 * 64
+    for k, number in enumerate((0, 2)):
+        middle = round(float(texts[str(number)].get_window_extent().get_points()[:, 0].mean()))
+        for n in (0, 1):
+            y, x = n * (side + 4), middle - side // 2
+            off = [
+                np.abs(sheet[y : y + side, x + d : x + d + side] - levels(scenes[n, number], side // 64)).mean()
+                for d in (-1, 0, 1)
+            ]
+            assert min(off) < 2, (n, k)
+    boxes, whole = [text.get_window_extent() for text in axes.texts], figure.bbox
+    assert all(whole.x0 <= box.x0 and box.x1 <= whole.x1 and whole.y0 <= box.y0 and box.y1 <= whole.y1 for box in boxes)
+    assert not any(box.overlaps(other) for i, box in enumerate(boxes) for other in boxes[:i])
+    assert (
+        max(box.x1 for text, box in zip(axes.texts, boxes, strict=True) if text.get_ha() == "right")
+        < figure.bbox.width - 2 * side
+    )
+    assert min(text.get_fontsize() for text in axes.texts) >= 12
+    wide = clips.filmstrip(noisy(8, 3, 64, 64), ["x" * 30])
+    assert min(text.get_fontsize() for text in wide.axes[0].texts) >= 12 * wide.bbox.width / 900
+    with pytest.raises(ValueError, match="every = 0; expected a whole number"):
+        clips.filmstrip(scenes, every=0)
+    with pytest.raises(ValueError, match="row_titles has 1 entries; expected one for each of the 2 clips"):
+        clips.filmstrip(scenes, ["one"])
+
+
+# --- files ----------------------------------------------------------------------------------------------------------------
+
+
+def test_an_mp4_has_every_frame_even_sides_and_no_file_beside(scenes, tmp_path):
+    if not (shutil.which("ffmpeg") and shutil.which("ffprobe")):
+        pytest.skip(
+            "ffmpeg or ffprobe is missing, and MP4 is not tested without them (Debian and Ubuntu: apt-get install ffmpeg)"
+        )
+    path = clips.mp4(scenes[0, :, :, :63, :61], tmp_path / "new" / "clip.mp4", fps=5)
+    assert path == tmp_path / "new" / "clip.mp4" and [one.name for one in path.parent.iterdir()] == ["clip.mp4"]
+    asks = ["-v", "error", "-count_frames", "-show_entries", "stream=codec_name,width,height,pix_fmt,r_frame_rate,nb_read_frames"]
+    said = subprocess.run(["ffprobe", *asks, "-of", "csv=p=0", path], capture_output=True, text=True, check=True).stdout
+    assert said.strip() == f"h264,62,64,yuv420p,5/1,{FRAMES}"
+    raw = ["-v", "error", "-i", str(path), "-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
+    read = subprocess.run(["ffmpeg", *raw], capture_output=True, check=True).stdout
+    seen = np.frombuffer(read, np.uint8).reshape(FRAMES, 64, 62, 3)[:, :63, :61].astype(int)
+    true = np.stack([levels(frame[:, :63, :61]) for frame in scenes[0]])
+    assert np.abs(seen - true).mean() < 0.5 * np.abs(seen - true[::-1]).mean(), "frames in their order"
+    assert np.abs(seen - true).mean() < 8  # colours are stored for two by two pixels
+
+
+def test_without_ffmpeg_an_animated_png_is_written_beside_and_it_is_said(scenes, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PATH", "")
+    path = clips.mp4(scenes[0], str(tmp_path / "clip.mp4"), fps=4, scale=2)
+    assert path == tmp_path / "clip.png" and list(tmp_path.iterdir()) == [path]
+    assert path.read_bytes() == clips.animated_png(scenes[0], fps=4, scale=2)
+    assert capsys.readouterr().out == f"ffmpeg is missing, so an animated PNG was saved: {path}\n"
+
+
+def test_an_ffmpeg_that_fails_is_told_in_one_line_and_leaves_the_old_file(scenes, tmp_path, monkeypatch):
+    broken, path = tmp_path / "bin" / "ffmpeg", tmp_path / "clip.mp4"
+    broken.parent.mkdir()
+    broken.write_text("#!/bin/sh\nread -r _\necho no codec >&2\necho libx264 >&2\nexit 3\n")
+    broken.chmod(0o755)
+    path.write_text("old")
+    monkeypatch.setenv("PATH", str(broken.parent))
+    with pytest.raises(RuntimeError, match=r"ffmpeg could not write '.*clip\.mp4': no codec libx264$"):
+        clips.mp4(scenes[0], path)
+    assert path.read_text() == "old" and sorted(one.name for one in tmp_path.iterdir()) == ["bin", "clip.mp4"]
+    with pytest.raises(ValueError, match=r"path = 'clip.gif'; expected a name that ends in .mp4"):
+        clips.mp4(scenes[0], "clip.gif")
+    with pytest.raises(ValueError, match=r"clip has shape \(2, 4, 3, 64, 64\); expected one clip \(T, 3, H, W\)"):
+        clips.mp4(scenes, path)
+
+
+# --- the explorer: what is computed ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def parts():
+    """mini-sd with temporal layers that are drawn and not learned, so that each does something, and the readers."""
+    image = zoo.load("mini-sd", device="cpu")
+    temporal = randomised(video_ldm_of(image.denoiser.net, 16, told=mini_sd.WIDTH, seen=5), seed=1)
+    model = wrap(image, temporal.eval().requires_grad_(False), "mini-video", frames=FRAMES)
+    return model, zoo.load("scenes-maps", device="cpu"), zoo.load("scenes-reader", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def kept():
+    """Clips that were sampled, for all explorers of these tests: the sampler itself is tested beside its loop by hand."""
+    return {}
+
+
+@pytest.fixture
+def explorer(parts, kept, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "clips_of", counted(kept))
+    return VideoExplorer(*parts, steps=4, folder=tmp_path)
+
+
+def counted(kept, calls=None):
+    def run(model, prompts, w, seed, steps, shared):
+        m = model.denoiser.net.mixing
+        if calls is not None:
+            calls.append((*prompts, w, seed, steps, shared, m))
+        key = (*prompts, w, seed, steps, shared, m)
+        if key not in kept:
+            kept[key] = clips_of(model, prompts, w, seed, steps, shared)
+        return kept[key]
+
+    return run
+
+
+def both(explorer):
+    """The clip, and the image model frame by frame."""
+    return [explorer.clip(of) for of in explorer.settings(**explorer.values)]
+
+
+def panel(explorer, place):
+    """What plays at a place: (T, CELL, CELL, 3)."""
+    x = GAP + place * (CELL + GAP)
+    return shots(explorer.picture.value)[0][:, TOP : TOP + CELL, x : x + CELL].astype(int)
+
+
+def words(explorer):
+    """Titles and readings, left and right."""
+    return [[text.get_text() for text in pair] for pair in (explorer._titles, explorer._kept, explorer._motions)]
+
+
+def test_the_clip_is_the_librarys_and_beside_it_is_the_image_model_frame_by_frame(parts, explorer):
+    model = parts[0]
+    clip, plain = both(explorer)
+    expected = clips_of(model, [f"{PROMPT}, sliding left"], 3.0, 0, 4, 10.0)[0]
+    assert torch.equal(clip, expected) and not torch.equal(clip, plain) and model.denoiser.net.mixing == 1.0
+    image, sigmas = model.image, model.image.sigmas(4)
+    noise = SampleNoise(0)(torch.empty(1, *model.shape))[0]  # that of each frame
+    D = cfg(*(image.denoiser.given(**image.embed([text] * FRAMES)) for text in (PROMPT, "")), 3.0)
+    with autocast("cpu"), torch.no_grad():
+        z = image.finish(sample(D, image.start(noise, sigmas[0]), sigmas), sigmas[-1]).float()
+        assert torch.equal(plain, image.decode(z).float())
+
+
+def test_at_mixing_zero_and_without_shared_noise_both_are_the_image_models_frames(parts, explorer):
+    explorer.controls["mixing"].value = 0.0
+    clip, plain = both(explorer)
+    assert not torch.equal(clip, plain), "the noise is shared still"
+    explorer.controls["shared"].value = 0.0
+    clip, plain = both(explorer)
+    assert torch.equal(clip, plain) and np.array_equal(panel(explorer, 0), panel(explorer, 1))
+    assert words(explorer)[0][0] == "mixing 0: the image model\nnoise: each frame its own"
+    explorer.controls["mixing"].value = 0.5
+    assert not torch.equal(*both(explorer)) and not np.array_equal(panel(explorer, 0), panel(explorer, 1))
+
+
+def test_only_what_changed_is_computed(parts, kept, monkeypatch):
+    calls = []
+    monkeypatch.setattr(module, "clips_of", counted(kept, calls))
+    explorer = VideoExplorer(*parts, steps=4)
+    told = f"{PROMPT}, sliding left"
+    assert calls == [(told, 3.0, 0, 4, 10.0, 1.0), (PROMPT, 3.0, 0, 4, 0.0, 0.0)]
+    read = explorer.seen.cache_info().misses
+
+    def fresh(**changes):
+        calls.clear()
+        for name, value in changes.items():
+            explorer.controls[name].value = value
+        assert explorer.message.value == ""
+        return list(calls)
+
+    assert fresh(mixing=0.5) == [(told, 3.0, 0, 4, 10.0, 0.5)]
+    assert fresh(mixing=1.0) == [] and explorer.seen.cache_info().misses == read + 1
+    assert fresh(shared=2.0) == [(told, 3.0, 0, 4, 2.0, 1.0)]
+    assert fresh(motion="spinning") == [(f"{PROMPT}, spinning", 3.0, 0, 4, 2.0, 1.0)], "the image model is told of no motion"
+    assert len(fresh(mixing=0.0)) == 1 and fresh(motion="bouncing", mixing=0.0) == []
+    assert fresh(seed=1) == [(PROMPT, 3.0, 1, 4, 2.0, 0.0), (PROMPT, 3.0, 1, 4, 0.0, 0.0)]
+
+
+def test_every_menu_has_a_value_and_every_motion_is_one_that_the_model_hears(parts, explorer):
+    assert [name for name, control in explorer.controls.items() if getattr(control, "index", 0) is None] == []
+    assert explorer.main_name == "mixing" and explorer.main.value + explorer.main.step <= explorer.main.max
+    assert list(explorer.controls["motion"].options) == list(MOTIONS) and len(MOTIONS) == 1 + len(PHRASES)
+    named = {motion_name(*key): key for key in PHRASES}
+    for name in MOTIONS:
+        assert asked(said(PROMPT, name)) == (asked(PROMPT)[0], named.get(name))
+    assert asked(said(f"{PROMPT}, spinning", "bouncing"))[1] == ("bounce", ""), "the menu goes before what is typed"
+    assert asked(said(f"{PROMPT}, spinning", SILENT))[1] == ("spin", "")
+    assert said("", "bouncing") == "" and asked("") == asked("a dragon") == (None, None)
+    heard = explorer.settings(**explorer.values | {"prompt": f"{PROMPT}, spinning", "motion": SILENT})
+    assert [of.prompt for of in heard] == [f"{PROMPT}, spinning", PROMPT]
+
+
+# --- the explorer: what is shown ------------------------------------------------------------------------------------------
+
+
+def test_both_play_enlarged_for_ever_and_the_poster_is_what_is_shown(explorer):
+    assert explorer._heading.get_text() == f"asked: {PROMPT}, sliding left"
+    found, stays, loop = shots(explorer.picture.value)
+    assert found.shape == (FRAMES, HEIGHT, WIDTH, 3) and stays == [125.0] * FRAMES and loop == 0
+    for place, clip in enumerate(both(explorer)):
+        expected = np.stack([levels(frame, CELL // 64) for frame in clip])
+        assert np.abs(panel(explorer, place) - expected).mean() < clips.UNSEEN
+    assert explorer.poster() == explorer.picture.value and "image/png" in explorer._repr_mimebundle_()
+    assert explorer.draw(**explorer.values) == explorer.picture.value
+
+
+def test_what_is_read_is_said_beside_what_was_asked(parts, explorer):
+    """Of rendered clips it is known what they show."""
+    of = draw_clips(1, 3, "zoom", objects=1, frames=8)
+    caption, (true,) = motion_captions(of, 3)[0], render_clips(of).rgb
+    scene, key = asked(caption)
+    name, other = motion_name(*key), next(name for name in MOTIONS if name not in (SILENT, motion_name(*key)))
+    explorer.clip = lambda of: true
+    prompt = caption.rpartition(", ")[0]
+
+    def shown(**values):
+        explorer.seen.cache_clear()
+        explorer.draw(**explorer.values | values)
+        return [pair[0] for pair in words(explorer)[1:]] + [explorer._motions[0].get_color()]
+
+    right, wrong = (module.style.COLOURS[role] for role in ("model", "warn"))
+    assert scene is not None and shown(prompt=prompt, motion=name) == [
+        "shape and colour as asked: 8 of 8 frames", f"motion: {name}, as asked", right,
+    ]  # fmt: skip
+    assert explorer._heading.get_text().endswith(f", {MOTIONS[name]}"), "the motion is never cut"
+    assert shown(prompt=prompt, motion=other)[1:] == [f"motion: {name}, not as asked", wrong]
+    assert shown(prompt=prompt, motion=SILENT)[1:] == [f"motion: {name}", "black"]
+    thing = scene.objects[0]
+    differs = "a large blue cone" if thing["colour"] != "blue" else "a large red cone"
+    assert shown(prompt=differs, motion=name)[0] == "shape and colour as asked: 0 of 8 frames"
+    assert shown(prompt="a dragon", motion=SILENT)[0] == f"read: {thing['colour']} {thing['shape']} in 8 of 8 frames"
+    true[:] = true[:1].clone()
+    assert shown(prompt=prompt, motion=name)[1:] == ["motion: none is read, not as asked", wrong]
+
+
+def test_words_that_the_model_never_saw_and_a_motion_that_it_does_not_hear_are_told(explorer):
+    explorer.controls["prompt"].value = "a <wild> dragon"
+    message = explorer.message.value
+    assert "never saw &#x27;&lt;&#x27;" in message and "; the prompt is no scene that captions can name" in message
+    assert "do not hear &#x27;sliding left&#x27;" in message and "\n" not in message
+    assert [of.prompt for of in explorer.settings(**explorer.values)] == ["a <wild> dragon"] * 2
+    explorer.controls["motion"].value = SILENT
+    assert "never saw" in explorer.message.value and "do not hear" not in explorer.message.value
+    explorer.controls["prompt"].value = PROMPT
+    assert explorer.message.value == ""
+
+
+def test_texts_are_legible_and_apart_and_a_redraw_leaves_no_artist_behind(explorer):
+    count = len(explorer._figure.findobj())
+    longest = max(MOTIONS, key=len)
+    for values in ({}, {"motion": longest, "mixing": 0.95}, {"prompt": LONG}):
+        explorer.draw(**explorer.values | values)
+        for name in MOTIONS:  # the longest that can be read
+            explorer._motions[0].set_text(f"motion: {name}, not as asked")
+            assert inside_and_apart(explorer)
+        clip_tops = TOP, TOP + CELL
+        for text in explorer._axes.texts:
+            box = text.get_window_extent()
+            high, low = HEIGHT - box.y1, HEIGHT - box.y0  # from above
+            assert low <= clip_tops[0] or high >= clip_tops[1], text.get_text()
+    assert len(explorer._figure.findobj()) == count
+
+
+# --- the explorer: a file, and bad input ----------------------------------------------------------------------------------
+
+
+def test_a_clip_is_saved_under_a_name_of_its_own_and_it_is_said_where(explorer, tmp_path, monkeypatch):
+    name = "a_large_red_car_on_grass_sliding_left"
+    assert explorer.save in explorer.children[0].children and explorer.saved in explorer.children
+    monkeypatch.setenv("PATH", "")
+    explorer.save.click()
+    first = tmp_path / f"{name}_1.png"
+    assert explorer.saved.value == f"ffmpeg is missing, so an animated PNG was saved: {first}"
+    assert first.read_bytes() == clips.animated_png(both(explorer)[0], scale=CELL // 64)
+    monkeypatch.undo()
+    explorer.save.click()
+    assert len(list(tmp_path.glob(f"{name}_2.*"))) == 1 and f"{tmp_path}/{name}_2." in explorer.saved.value
+    (tmp_path / "file").write_text("")
+    explorer._folder = tmp_path / "file"
+    explorer.save.click()
+    assert "not saved: " in explorer.saved.value and "\n" not in explorer.saved.value
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"mixing": 1.6}, r"mixing = 1.6; expected a number from 0 to 1.5"),
+        ({"guidance": float("nan")}, r"guidance = nan; expected a number from 1 to 8"),
+        ({"steps": 3}, r"steps = 3; expected a number from 4 to 20"),
+        ({"seed": -1}, r"seed = -1; expected a number from 0"),
+        ({"shared": 3.0}, r"shared = 3.0; expected one of 0, 1, 2, 10"),
+        ({"motion": "flying"}, r"motion = 'flying'; expected one of nothing said, sliding left"),
+    ],
+)
+def test_values_that_are_not_offered_are_named(parts, explorer, values, message):
+    with pytest.raises(ValueError, match=message):
+        VideoExplorer(*parts, **values)
+    with pytest.raises(ValueError, match=message):
+        explorer.draw(**explorer.values | values)
+
+
+def test_a_model_that_can_be_told_no_motion_draws_the_whole_prompt(parts, kept):
+    """As a motion module without a text of its own: the words go to the spatial layers."""
+    model = parts[0]
+    untold = wrap(model.image, video_ldm_of(model.image.denoiser.net, 16), "untold", frames=FRAMES)
+    explorer = VideoExplorer(replace(untold, shared=0.0), *parts[1:], steps=4, guidance=1.0, shared=0.0, motion=SILENT)
+    assert torch.equal(*both(explorer)), "layers that have learnt nothing are the identity"
