@@ -135,8 +135,8 @@ def _video() -> Panel:
     from course_lib import zoo
     from course_lib.study.video import VideoExplorer
 
-    model, maps, reader = (zoo.load(name) for name in ("mini-video", "scenes-maps", "scenes-reader"))
-    return VideoExplorer(model, maps, reader, folder=Path.home())
+    model, motions, reader = (zoo.load(name) for name in ("mini-video", "scenes-motion", "scenes-reader"))
+    return VideoExplorer(model, motions, reader, folder=Path.home())
 
 
 DEMOS: dict[str, Demo] = {

@@ -20,14 +20,14 @@ from course_lib.study import clips, pictures, style
 from course_lib.study.explorer import Explorer
 from course_lib.video.inflation import mixed
 from course_lib.video.measures import identity
-from course_lib.video.tracking import track
 from course_lib.worlds.scenes.captions import Reading, parse
 from course_lib.worlds.scenes.clip_captions import PHRASES, parse_motion
 from course_lib.worlds.scenes.labels import OF_OBJECT
 from course_lib.zoo.video import PretrainedVideo, clips_of, split
+from course_lib.zoo.video_data import SHARED
 
 if TYPE_CHECKING:  # reading a model loads diffusers
-    from course_lib.zoo.map_judge import MapJudge
+    from course_lib.zoo.motion_reader import MotionReader
     from course_lib.zoo.readers import SceneReader
 
 WIDTH, CELL, TOP, FOOT = 900, 384, 96, 66  # screen pixels: of all, of a clip, above and below the clips
@@ -69,7 +69,7 @@ class VideoExplorer(Explorer):
     """A clip of a prompt and a motion that plays, beside the same prompt drawn by the image model frame by frame.
 
     model   a text-to-video `PretrainedVideo`, as `zoo.load("mini-video")`
-    maps    reads maps, `zoo.load("scenes-maps")`, as `reader` reads attributes, `zoo.load("scenes-reader")`
+    motions reads motions, `zoo.load("scenes-motion")`, as `reader` reads attributes, `zoo.load("scenes-reader")`
     folder  where "save MP4" writes the clip; by default the folder of the notebook
 
     mixing m turns what each temporal layer gives into z + m (z' - z): 0 is the image model, and above 1 it overshoots. `shared`
@@ -82,24 +82,24 @@ class VideoExplorer(Explorer):
     """
 
     KEPT = 64  # clips that are kept
-    SHARED = (0.0, 1.0, 2.0, 10.0)
+    NOISES = (0.0, 2.0, 10.0, SHARED)
     RANGES: ClassVar = {"guidance": (1.0, 8.0), "mixing": (0.0, 1.5), "steps": (4, 20), "seed": (0, 2**31 - 1)}
 
     def __init__(
         self,
         model: PretrainedVideo,
-        maps: MapJudge,
+        motions: MotionReader,
         reader: SceneReader,
         prompt: str = "a large red car on grass",
         motion: str = "sliding left",
         mixing: float = 1.0,
-        shared: float = 10.0,
-        guidance: float = 3.0,
+        shared: float = SHARED,
+        guidance: float = 2.0,
         steps: int = 8,
         seed: int = 0,
         folder: Path | str = ".",
     ):
-        self._model, self._maps, self._reader, self._folder = model, maps, reader, Path(folder)
+        self._model, self._motions_of, self._reader, self._folder = model, motions, reader, Path(folder)
         for name in ("clip", "seen"):
             setattr(self, name, functools.lru_cache(maxsize=self.KEPT)(getattr(self, f"_{name}")))
         self._check(motion, shared, guidance=guidance, mixing=mixing, steps=steps, seed=seed)
@@ -110,7 +110,7 @@ class VideoExplorer(Explorer):
             "motion": widgets.Dropdown(options=list(MOTIONS), value=motion, description="motion"),
             "mixing": self._slider("mixing", mixing, 0.05),
             "guidance": self._slider("guidance", guidance, 0.5),
-            "shared": widgets.Dropdown(options=[(_shared(a), a) for a in self.SHARED], value=shared, description="noise"),
+            "shared": widgets.Dropdown(options=[(_shared(a), a) for a in self.NOISES], value=shared, description="noise"),
             "steps": widgets.IntSlider(steps, min=self.RANGES["steps"][0], max=self.RANGES["steps"][1], description="steps"),
             "seed": widgets.BoundedIntText(seed, min=0, max=2**31 - 1, description="seed"),
         }
@@ -129,8 +129,8 @@ class VideoExplorer(Explorer):
     def _check(self, motion: str, shared: float, **values: float) -> None:
         if motion not in MOTIONS:
             raise ValueError(f"motion = {motion!r}; expected one of {', '.join(MOTIONS)}")
-        if shared not in self.SHARED:
-            raise ValueError(f"shared = {shared!r}; expected one of {', '.join(f'{a:g}' for a in self.SHARED)}")
+        if shared not in self.NOISES:
+            raise ValueError(f"shared = {shared!r}; expected one of {', '.join(f'{a:g}' for a in self.NOISES)}")
         for name, value in values.items():
             low, high = self.RANGES[name]
             if not low <= value <= high:
@@ -156,7 +156,7 @@ class VideoExplorer(Explorer):
     def _seen(self, of: Setting, prompt: str) -> Seen:
         """What is read in the clip of a setting, beside what this prompt asks for."""
         x, wanted = self.clip(of)[None], asked(prompt)[0]
-        moved = track(x, self._maps, self._reader)
+        moved = self._motions_of.read(x)
         if wanted is not None:
             right = int(identity(x, self._reader, [wanted])["both"].sum())
             words = f"shape and colour as asked: {right} of {x.shape[1]} frames"

@@ -37,7 +37,7 @@ class PretrainedVideo:
     denoiser  D(x, sigma) over clips of latents x (B, T, C, H, W); `denoiser.given(**model.embed(prompts))` gives the prompts
     frames    of the clips that it was trained on
     shared    a of the noise that frames have in common at the start of sampling, see `video.noise`
-    above     noise levels above those of the image model, falling, at which sampling starts
+    above     noise levels above those of the image model, falling, at which sampling starts from noise in common
     """
 
     name: str
@@ -165,7 +165,8 @@ def latents_of(
         raise ValueError(f"known is {'not ' if known is None else ''}given and z is not; expected both or neither")
     if z is not None and "context" not in model.denoiser.net.told:
         raise ValueError(f"model = {model.name!r} can be told of no frames; expected one that hears `context`, as mini-video")
-    sigmas, found = model.sigmas(steps), []
+    shared = model.shared if shared is None else shared
+    sigmas, found = model.sigmas(steps) if shared else model.image.sigmas(steps), []
     for first in tqdm(range(0, len(prompts), BATCH), desc="clips", unit="batch", disable=not progress):
         some = list(prompts[first : first + BATCH])
         told = {}
@@ -174,7 +175,7 @@ def latents_of(
             told["context"] = context(z[first : first + BATCH], mask).to(model.image.device)
         pair = [model.denoiser.given(**model.embed(said), **told) for said in (some, [""] * len(some))]
         own = SampleNoise(seed, first)(torch.empty(len(some), *model.shape, device=model.image.device))
-        start = model.image.start(correlated(own, model.shared if shared is None else shared), sigmas[0])
+        start = model.image.start(correlated(own, shared), sigmas[0])
         with autocast(model.image.device), torch.no_grad():
             x = model.image.finish(sample(cfg(*pair, w), start, sigmas), sigmas[-1]).float().cpu()
         if z is not None:

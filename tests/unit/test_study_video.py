@@ -209,7 +209,7 @@ def parts():
     image = zoo.load("mini-sd", device="cpu")
     temporal = randomised(video_ldm_of(image.denoiser.net, 16, told=mini_sd.WIDTH, seen=5), seed=1)
     model = wrap(image, temporal.eval().requires_grad_(False), "mini-video", frames=FRAMES)
-    return model, zoo.load("scenes-maps", device="cpu"), zoo.load("scenes-reader", device="cpu")
+    return model, zoo.load("scenes-motion", device="cpu"), zoo.load("scenes-reader", device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -256,11 +256,11 @@ def words(explorer):
 def test_the_clip_is_the_librarys_and_beside_it_is_the_image_model_frame_by_frame(parts, explorer):
     model = parts[0]
     clip, plain = both(explorer)
-    expected = clips_of(model, [f"{PROMPT}, sliding left"], 3.0, 0, 4, 10.0)[0]
+    expected = clips_of(model, [f"{PROMPT}, sliding left"], 2.0, 0, 4, 40.0)[0]
     assert torch.equal(clip, expected) and not torch.equal(clip, plain) and model.denoiser.net.mixing == 1.0
     image, sigmas = model.image, model.image.sigmas(4)
     noise = SampleNoise(0)(torch.empty(1, *model.shape))[0]  # that of each frame
-    D = cfg(*(image.denoiser.given(**image.embed([text] * FRAMES)) for text in (PROMPT, "")), 3.0)
+    D = cfg(*(image.denoiser.given(**image.embed([text] * FRAMES)) for text in (PROMPT, "")), 2.0)
     with autocast("cpu"), torch.no_grad():
         z = image.finish(sample(D, image.start(noise, sigmas[0]), sigmas), sigmas[-1]).float()
         assert torch.equal(plain, image.decode(z).float())
@@ -283,7 +283,7 @@ def test_only_what_changed_is_computed(parts, kept, monkeypatch):
     monkeypatch.setattr(module, "clips_of", counted(kept, calls))
     explorer = VideoExplorer(*parts, steps=4)
     told = f"{PROMPT}, sliding left"
-    assert calls == [(told, 3.0, 0, 4, 10.0, 1.0), (PROMPT, 3.0, 0, 4, 0.0, 0.0)]
+    assert calls == [(told, 2.0, 0, 4, 40.0, 1.0), (PROMPT, 2.0, 0, 4, 0.0, 0.0)]
     read = explorer.seen.cache_info().misses
 
     def fresh(**changes):
@@ -293,12 +293,12 @@ def test_only_what_changed_is_computed(parts, kept, monkeypatch):
         assert explorer.message.value == ""
         return list(calls)
 
-    assert fresh(mixing=0.5) == [(told, 3.0, 0, 4, 10.0, 0.5)]
+    assert fresh(mixing=0.5) == [(told, 2.0, 0, 4, 40.0, 0.5)]
     assert fresh(mixing=1.0) == [] and explorer.seen.cache_info().misses == read + 1
-    assert fresh(shared=2.0) == [(told, 3.0, 0, 4, 2.0, 1.0)]
-    assert fresh(motion="spinning") == [(f"{PROMPT}, spinning", 3.0, 0, 4, 2.0, 1.0)], "the image model is told of no motion"
+    assert fresh(shared=2.0) == [(told, 2.0, 0, 4, 2.0, 1.0)]
+    assert fresh(motion="spinning") == [(f"{PROMPT}, spinning", 2.0, 0, 4, 2.0, 1.0)], "the image model is told of no motion"
     assert len(fresh(mixing=0.0)) == 1 and fresh(motion="bouncing", mixing=0.0) == []
-    assert fresh(seed=1) == [(PROMPT, 3.0, 1, 4, 2.0, 0.0), (PROMPT, 3.0, 1, 4, 0.0, 0.0)]
+    assert fresh(seed=1) == [(PROMPT, 2.0, 1, 4, 2.0, 0.0), (PROMPT, 2.0, 1, 4, 0.0, 0.0)]
 
 
 def test_every_menu_has_a_value_and_every_motion_is_one_that_the_model_hears(parts, explorer):
@@ -413,7 +413,7 @@ def test_a_clip_is_saved_under_a_name_of_its_own_and_it_is_said_where(explorer, 
         ({"guidance": float("nan")}, r"guidance = nan; expected a number from 1 to 8"),
         ({"steps": 3}, r"steps = 3; expected a number from 4 to 20"),
         ({"seed": -1}, r"seed = -1; expected a number from 0"),
-        ({"shared": 3.0}, r"shared = 3.0; expected one of 0, 1, 2, 10"),
+        ({"shared": 3.0}, r"shared = 3.0; expected one of 0, 2, 10, 40"),
         ({"motion": "flying"}, r"motion = 'flying'; expected one of nothing said, sliding left"),
     ],
 )
