@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -75,6 +76,12 @@ def mixing(m: float) -> Row:
 def noise(shared: float) -> Row:
     """The validation prompts from noise of which frames have this much in common, under guidance 3, as of pictures."""
     return {"shared": shared} | _asked("validation", w=3.0, shared=shared)
+
+
+def start(above: bool) -> Row:
+    """The validation prompts with, or without, the levels above those of the image model."""
+    one = model() if above else replace(model(), above=())
+    return {"above": above} | judged(clips_of(one, clips("validation").captions, W, 0, STEPS), "validation")
 
 
 def guidance(w: float) -> Row:
@@ -197,6 +204,7 @@ def rule(keys: str, rule: str, seed: int) -> Row:
 PARTS: stored.Parts = {
     "mixing": (mixing, [{"m": m} for m in MIXINGS]),
     "noise": (noise, [{"shared": a} for a in NOISES]),
+    "start": (start, [{"above": above} for above in (False, True)]),
     "guidance": (guidance, [{"w": w} for w in GUIDANCES]),
     "known guidance": (known_guidance, [{"w": w} for w in (1.0, 1.5, 3.0)]),
     "known": (known, [{"keys": keys, "seed": seed} for keys in KEYS for seed in SEEDS]),

@@ -50,7 +50,7 @@ def test_the_card_says_that_clips_are_what_was_asked_and_hold_together():
     assert ours["shape"] >= 0.9 and ours["colour"] >= 0.9
     assert ours["flicker"] <= 1.5 * true["flicker"] < alone["flicker"]
     assert 3 * ours["frechet"] <= alone["frechet"]
-    assert ours["word"] > 5 * alone["word"]
+    assert ours["word"] >= 0.75 > 5 * alone["word"]
 
 
 @torch.no_grad()
@@ -115,6 +115,16 @@ def test_what_cannot_be_known_is_an_error(model):
     deaf = zoo.load("mini-motion", device="cpu")
     with pytest.raises(ValueError, match="'mini-motion' can be told of no frames; expected one that hears `context`"):
         video.latents_of(deaf, ["a red cube"], known=every(8, 2), z=z)
+
+
+def test_sampling_starts_where_noise_in_common_hides_what_moves(model):
+    """Frames differ by noise of sigma / sqrt(1 + a^2): at the first level it is ten times the latents, of deviation 1."""
+    own, sigmas = model.image.sigmas(SHORT), model.sigmas(SHORT)
+    assert torch.equal(sigmas[-len(own) :], own) and bool((sigmas.diff() < 0).all())
+    assert sigmas[0] / (1 + model.shared**2) ** 0.5 > 10 > own[0] / (1 + model.shared**2) ** 0.5
+    trained = video_recipe.levels(model.image, 200)
+    assert len(trained) == 1200 and bool((trained.diff() > 0).all()) and trained[-1] == pytest.approx(float(sigmas[0]))
+    assert torch.equal(trained[:1000], model.image.schedule.sigma(torch.arange(1000)))
 
 
 def test_a_training_step_leaves_the_image_model_as_it_is():
