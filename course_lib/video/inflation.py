@@ -225,6 +225,8 @@ def _through(layer: nn.Module, T: int, m: float, told: Mapping[str, Tensor]) -> 
         z = first.unflatten(0, (-1, T))  # (B, T, C, H, W)
         z_time = layer(z, *tell)
         h = (z_time if m == 1 else z + m * (z_time - z)).flatten(0, 1).to(first.dtype)  # under autocast a layer may widen it
+        if first.is_contiguous(memory_format=torch.channels_last):  # the next layer rounds by the layout of what it is given
+            h = h.contiguous(memory_format=torch.channels_last)
         return (h, *output[1:]) if isinstance(output, tuple) else h
 
     return hook
