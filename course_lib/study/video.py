@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import html
+import io
 import itertools
 import re
 import textwrap
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import ipywidgets as widgets
 import numpy as np
+from PIL import Image as pillow
 from torch import Tensor
 
 from course_lib.study import clips, pictures, style
@@ -208,6 +210,11 @@ class VideoExplorer(Explorer):
         frames = [pictures.to_rgb(self.clip(of), "clip") for of in both]
         scale = CELL // frames[0].shape[1]
         return clips.apng(clips.drawn(self._figure), self._places, np.stack(frames), clips.FPS, scale)
+
+    def poster(self) -> bytes:
+        """The first frame of both: what viewers without a kernel see."""
+        with pillow.open(io.BytesIO(self.picture.value)) as playing:
+            return pictures.small_png(playing.convert("RGB"))
 
     def _show(self, values: dict[str, Any]) -> None:
         super()._show(values)

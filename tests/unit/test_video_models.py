@@ -10,8 +10,10 @@ from course_lib import zoo
 from course_lib.nets import lora
 from course_lib.video import measures
 from course_lib.video.animatediff import to_diffusers
+from course_lib.video.conditioning import enlarged
 from course_lib.video.inflation import mixed
 from course_lib.video.masks import every
+from course_lib.worlds.scenes.clips import render_clips
 from course_lib.zoo import judge_decoder, judge_motion, judge_video, video
 from course_lib.zoo.recipes import motion as motion_recipe
 from course_lib.zoo.recipes import video as video_recipe
@@ -148,6 +150,20 @@ def test_judges_read_true_clips_and_not_shuffled_ones():
 
 
 # --- the decoder ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_spatial_stage_is_nearer_to_large_clips_than_bilinear_enlargement():
+    """Clip by clip, and nothing in it is drawn."""
+    of, scaled = judge_video.clips("test").of[:4], zoo.load("mini-sd-any-scale", device="cpu")
+    small, large = (render_clips(of, side).rgb for side in (64, 128))
+    with torch.no_grad():
+        z = torch.stack([scaled.model.encode(clip) for clip in small])
+        found = (
+            enlarged(torch.stack([scaled.model.decode(clip) for clip in z]), 2),
+            torch.stack([scaled.decode(clip, 128) for clip in z]),
+        )
+    bilinear, ours = (10 * torch.log10(4 / (x - large).square().mean((2, 3, 4))).mean(1) for x in found)
+    assert ours.shape == (4,) and (ours > bilinear + 0.2).all()
 
 
 def test_the_decoder_flickers_less_at_no_loss():
