@@ -53,3 +53,13 @@ def seconds(explorer: Any) -> float:
         took.append(time.process_time() - start)
     print(f"{type(explorer).__name__}: {1000 * min(took):.0f} ms")
     return min(took)
+
+
+def shots(png):
+    """The frames of an animated PNG, (T, H, W, 3), the ms that each stays, and how often it plays, 0 for ever."""
+    image, found, stays = Image.open(io.BytesIO(png)), [], []
+    for k in range(getattr(image, "n_frames", 1)):
+        image.seek(k)
+        found.append(np.asarray(image.convert("RGB")))
+        stays.append(image.info.get("duration"))
+    return np.stack(found), stays, image.info.get("loop")

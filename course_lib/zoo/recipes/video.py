@@ -38,7 +38,8 @@ STAGES: tuple[dict[str, Any], ...] = (
 frames have in common, `none` the share of clips of which no frame is known. At a = 2 frames choose each its own ground.
 
 Frames differ by noise of sigma / sqrt(1 + a^2) only: at a = 40 and the image model's highest level they show what moves, which
-no sampler knows at its start. So `above` levels, even in log sigma, lead on from there to TOP, where they do not."""
+no sampler knows at its start. So `above` levels, even in log sigma, lead on from there to TOP, where they do not. Trained so, it
+makes no difference that 56 prompts show whether sampling starts there too, see `zoo.videos`."""
 BATCH = 6
 LAYERS: dict[str, Any] = {"kernel": (3, 3, 3), "per": 8}
 """Convolutions that see neighbouring places too: what moves is to be found there in the next frame."""
