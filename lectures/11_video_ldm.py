@@ -849,7 +849,7 @@ figures.lines(
 )
 
 # %% [markdown] slideshow={"slide_type": "slide"}
-# **Twice the size.** The spatial stage can also be a function of one frame: `mini-sd-any-scale` of lecture 05 reads the same latents at 128 pixels. It draws nothing, so no frame invents detail of its own, and frames agree as far as their latents do. *Claim*: on each clip it is nearer to the true large one than bilinear enlargement of the decoded small one. It cannot gain much: most of what is missing was lost in latents of 64 pixels, and what would be *drawn* there is sharp and wrong.
+# **Twice the size.** The spatial stage can also be a function of one frame: `mini-sd-any-scale` of lecture 05 reads the same latents at 128 pixels. It draws nothing, so no frame invents detail of its own, and frames agree as far as their latents do. *Claim*: on each clip it is nearer to the true large one than bilinear enlargement of the decoded small one. It cannot gain much: *true* small frames, enlarged in the same bilinear way, are nearer than either, so that most of what is missing was lost in the latents.
 
 # %% slideshow={"slide_type": "-"}
 of, scaled = judge_video.clips("validation").of[:3], zoo.load("mini-sd-any-scale", device="cpu")
@@ -859,6 +859,7 @@ with torch.no_grad():
     twice = {
         "bilinear": enlarged(torch.stack([image.decode(clip) for clip in latents]), 2),
         "any-scale decoder": torch.stack([scaled.decode(clip, 128) for clip in latents]),
+        "true small": enlarged(small, 2),
     }
 decibels = {
     name: 10 * torch.log10(4 / (x - large).square().mean((2, 3, 4))).mean(1)
@@ -867,6 +868,7 @@ decibels = {
 for name, each in decibels.items():
     print(f"{name:20s}" + "".join(f"{value:8.2f}" for value in each.tolist()) + " dB")
 assert (decibels["any-scale decoder"] > decibels["bilinear"]).all()
+assert decibels["true small"].mean() > decibels["any-scale decoder"].mean()
 
 # %% [markdown] slideshow={"slide_type": "slide"}
 # **A picture that begins to move.** TRIP (Zhang et al. 2024) asks how much of the noise in frame $i$ is known if the clip begins with the picture $z^1$: were the frame that picture, the noise would be $\epsilon_i^{\to1}=(x_i-z^1)/\sigma$, the *image noise prior*. The network gives only the residual:

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from course_lib import zoo
 from course_lib.study.clips import UNSEEN
 from course_lib.study.video import CELL, GAP, TOP
 from tests.browser.test_stage import Show
@@ -23,7 +22,6 @@ PNG = """async img => {
 
 @pytest.mark.browser
 @pytest.mark.slow
-@pytest.mark.skipif(not zoo.available("mini-video"), reason="mini-video is not embedded; `course train mini-video` makes it")
 def test_clips_play_and_at_mixing_zero_they_are_the_image_models(stage, hall):
     hall.foreign.clear()
     hall.errors.clear()

@@ -1,4 +1,4 @@
-"""Making submissions: notebooks as a student would hand them in."""
+"""Making submissions: notebooks as a student would hand them in; and right answers that are written in another way."""
 
 import inspect
 import re
@@ -8,7 +8,7 @@ from types import CodeType
 
 import nbformat
 
-from course_lib.grading import source
+from course_lib.grading import source, verdicts
 from course_lib.grading.items import Item, items_of, set_names
 from course_lib.grading.paths import sources
 
@@ -48,3 +48,11 @@ def save(notebook: nbformat.NotebookNode, folder: Path, name: str = "01_forward_
     path = folder / name
     path.write_text(nbformat.writes(notebook))
     return path
+
+
+def assert_right(item_id: str, *answers) -> None:
+    """Each of these functions is a right answer to the item, on the inputs of two seeds."""
+    for fn in answers:
+        for seed in (0, 1):
+            result = verdicts.judge(item_id, fn, seed)
+            assert result.correct, (item_id, fn.__name__, result.message)

@@ -82,6 +82,7 @@ def test_measures_know_what_is_wrong():
     blurred = (x + x.roll(1, -1) + x.roll(-1, -1)) / 3
     assert judged(blurred)["sharpness"] < 0.8 and judged(blurred)["unlike"] > 0.3
     dim = judged(0.8 * x)
+    # `judged` rounds to four digits
     assert dim["sharpness"] == pytest.approx(0.64, abs=1e-4) and dim["unlike"] == pytest.approx(0.2, abs=1e-4)
     assert dim["consistent"] == 1
 
