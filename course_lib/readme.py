@@ -116,6 +116,10 @@ def _measured(metrics: dict[str, Any]) -> str:
     if "video decoder" in metrics:
         ours, image = metrics["video decoder"], metrics["image decoder"]
         return f"flicker {ours['flicker']:.4f}, PSNR {ours['psnr']} dB; image decoder {image['flicker']:.4f}, {image['psnr']} dB"
+    if "any scale" in metrics:
+        ours, bilinear = metrics["with temporal layers, seed 0"], metrics["bilinear"]
+        plain = f"bilinear enlargement {bilinear['detail']:.0%}, {bilinear['psnr']:.1f} dB"
+        return f"{ours['detail']:.0%} of the detail of clips of 128 px, PSNR {ours['psnr']:.1f} dB; {plain}"
     if "shuffled" in metrics:
         read = ", ".join(f"{kind} {metrics[kind]['word']:.0%}" for kind in ("true", "reconstructed", "shuffled", "frozen"))
         return f"motion of held-out clips read as it was drawn: {read}"

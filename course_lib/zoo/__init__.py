@@ -47,6 +47,7 @@ RECIPES = {
     **dict.fromkeys(("mini-control-edge", "mini-control-depth", "mini-control-seg"), "course_lib.zoo.recipes.control"),
     "mini-video": "course_lib.zoo.recipes.video",
     "mini-video-decoder": "course_lib.zoo.recipes.video_decoder",
+    "mini-video-upsampler": "course_lib.zoo.recipes.video_upsampler",
     **dict.fromkeys(("mini-motion", "mini-motion-zoom", "mini-motion-pan"), "course_lib.zoo.recipes.motion"),
     "scenes-motion": "course_lib.zoo.recipes.scenes_motion",
     "scenes-maps": "course_lib.zoo.recipes.scenes_maps",

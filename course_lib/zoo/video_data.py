@@ -58,31 +58,32 @@ def texts(caption: str) -> tuple[str, str]:
     return scene, motion
 
 
-def pictures(clips: Clips) -> Tensor:
-    """The frames of clips, (N, F, 3, SIDE, SIDE) in [-1, 1]."""
+def pictures(clips: Clips, side: int = SIDE) -> Tensor:
+    """The frames of clips, (N, F, 3, side, side) in [-1, 1]."""
     scenes, view = clips.states()
-    return render(scenes, SIDE, view=view).rgb.unflatten(0, (len(clips), clips.frames))
+    return render(scenes, side, view=view).rgb.unflatten(0, (len(clips), clips.frames))
 
 
 @torch.no_grad()
-def filmed(n: int, seed: int, frames: int = FRAMES, motion: str | None = None, split: str = "train") -> Filmed:
+def filmed(n: int, seed: int, frames: int = FRAMES, motion: str | None = None, split: str = "train", side: int = SIDE) -> Filmed:
     """The first n clips of a seed, of one object and any motion or one, ready to train on; kept in the cache."""
     of = draw_clips(n, seed, motion, objects=1, split=split, frames=frames)
     words = f"clips {n} {seed} {frames} {motion} {split} {VERSION} {zoo.card('mini-sd')['sha256']}"
+    words += f" {side}" if side != SIDE else ""
     kept = cache_folder() / "clips" / f"{hashlib.sha256(words.encode()).hexdigest()[:16]}.pt"
     if not kept.exists():
-        write_atomically(kept, lambda path: torch.save(_encoded(of), path))
+        write_atomically(kept, lambda path: torch.save(_encoded(of, side), path))
     mean, std = torch.load(kept, weights_only=True)
     said = [[texts(caption) for caption in motion_captions(of, seed + wording)] for wording in range(WORDINGS)]
     scene, motions = (torch.stack([tokens([pair[k] for pair in row]) for row in said], 1) for k in range(2))
     return Filmed(of, mean.float(), std.float(), scene, motions)
 
 
-def _encoded(of: Clips) -> tuple[Tensor, Tensor]:
-    """Mean and std of the latents of all frames, (N, F, 4, 8, 8) in half precision."""
+def _encoded(of: Clips, side: int) -> tuple[Tensor, Tensor]:
+    """Mean and std of the latents of all frames, (N, F, 4, side / 8, side / 8) in half precision."""
     model, means, stds = zoo.load("mini-sd"), [], []
     for rows in tqdm(torch.arange(len(of)).split(CHUNK // of.frames), desc="clips", unit="batch"):
-        x = pictures(of[rows])
+        x = pictures(of[rows], side)
         with autocast(model.device):
             posterior = model.vae.encode(x.flatten(0, 1).to(model.device)).latent_dist
         means.append(posterior.mean.half().cpu().unflatten(0, x.shape[:2]))
