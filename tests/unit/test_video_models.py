@@ -21,7 +21,7 @@ from tests.draws import normal
 from tests.video_bases import multiply_adds
 
 LORAS = tuple(motion_recipe.LORAS)
-MODELS = ("mini-video", "mini-video-decoder", "mini-motion", *LORAS, "scenes-motion")
+MODELS = ("mini-video", "mini-video-decoder", "mini-video-upsampler", "mini-motion", *LORAS, "scenes-motion")
 SHORT = 4
 """Steps of DDIM where nothing is judged."""
 
