@@ -119,14 +119,14 @@ with mixed(model.denoiser.net, 0.0):  # the temporal layers are off, and each fr
     alone = clips_of(model, [split(prompt)[0] for prompt in PROMPTS], seed=1, shared=0.0)
 names = [split(prompt)[1] for prompt in PROMPTS]
 play(
-    few(torch.cat([alone[:2], moved[:2]]), 13),
+    few(torch.cat([alone[:2], moved[:2]]), 17),
     scale=2,
     columns=2,
     titles=["frame by frame"] * 2 + names[:2],
 )
 
 # %%
-filmstrip(few(torch.stack([alone[2], moved[2]])), ["frame by frame", "camera rolls"])
+filmstrip(few(torch.stack([alone[2], moved[2]]), 17), ["frame by frame", "camera rolls"])
 
 # %% [markdown] slideshow={"slide_type": "slide"}
 # ## A clip is a tensor
@@ -318,7 +318,7 @@ assert abs(means[0] - 1 / T) < 1e-12
 SAID, shared = "a small green cone, while the camera orbits to the left", (0.0, 2.0, model.shared)
 print("in training a =", *(stage["shared"] for stage in STAGES), "in turn; in use", model.shared)
 filmstrip(
-    few(torch.cat([clips_of(model, [SAID], seed=4, shared=a) for a in shared]), 13),
+    few(torch.cat([clips_of(model, [SAID], seed=4, shared=a) for a in shared]), 17),
     [f"a = {a:g}" for a in shared],
     every=2,
 )
@@ -873,21 +873,21 @@ assert decibels["true small"].mean() > decibels["any-scale decoder"].mean()
 # %% [markdown] slideshow={"slide_type": "slide"}
 # **Twice the size, drawn.** Video LDM's upsampler (Sec. 3.4) is a diffusion model of the large latents, told of the small clip behind noise of level $s$, and of $s$. `mini-video-upsampler` draws what the latents $e$ of each enlarged frame lack:
 # $$z_{\text{high}}=e+r,\qquad r\sim D(\cdot,\sigma;\,z_{\text{low}}+s\epsilon,\,s),\qquad e=\mathcal E(\mathrm{bilinear}(\mathcal D(z_{\text{low}}+s\epsilon))).$$
-# Its network of frames was trained first; then, with that frozen, temporal layers, so that the frames agree on what they make up. *Claims* (24 test clips, three seeds, `course train mini-video-upsampler`): there is as much *detail* (the mean size of the Laplacian, over that of true clips) as there should be, of which bilinear enlargement keeps less than half, at some tenths of a decibel; frames agree better with the temporal layers than without; and of small latents that a stage before got wrong (8 clips, off by noise of 0.3) it makes more when it is told of that. *Look* at the second picture of the tiles before you blame the last: a VAE that was trained at 64 pixels turns dark tiles green at 128, and what is drawn in its latents is no better. The any-scale decoder, which never leaves 64-pixel latents, stays nearer to the truth in decibels, and blurred.
+# Its network of frames was trained first; then, with that frozen, temporal layers, so that the frames agree on what they make up. *Claims* (24 test clips, three seeds, `course train mini-video-upsampler`): there is as much *detail* (the mean size of the Laplacian, over that of true clips) as there should be, of which bilinear enlargement keeps less than half, at some tenths of a decibel; frames agree better with the temporal layers than without; and of small latents that a stage before got wrong (8 clips, off by noise of 0.3) it makes more when it is told of that. *Look* at the edges of the tiles, and at the second picture before you blame the last: a VAE that was trained at 64 pixels turns dark tiles green at 128, and what is drawn in its latents is no better. The any-scale decoder, which never leaves 64-pixel latents, stays nearer to the truth in decibels, and blurred.
 
 # %% slideshow={"slide_type": "-"}
 upsampler = zoo.load("mini-video-upsampler", device="cpu")
-middle = torch.tensor([0, 2]), T // 2  # of the first and the last of these clips
+middle = 2, T // 2  # a frame of the last of these clips
 with torch.no_grad(), autocast("cpu"):
     larger = {
         "true": large[middle],
-        "through the VAE": image.decode(image.encode(large[middle])).float(),
+        "through the VAE": image.decode(image.encode(large[2]))[T // 2].float(),
         "bilinear": twice["bilinear"][middle],
         "any-scale decoder": twice["any-scale decoder"][middle],
-        "drawn": image.decode(upsampler(latents)[middle]).float(),
+        "drawn": image.decode(upsampler(latents[2:])[0])[T // 2].float(),
     }
-cut = torch.stack(list(larger.values()), 1)[..., 36:100, 34:98]  # what is in the middle of each
-study.strip(list(few(cut, 11)), column_titles=list(larger), scale=2)
+cut = torch.stack(list(larger.values()))[..., 40:120, 24:104]
+study.strip([few(cut)], column_titles=list(larger), scale=2)
 
 # %% slideshow={"slide_type": "-"}
 of_sizes = zoo.card("mini-video-upsampler")["metrics"]
