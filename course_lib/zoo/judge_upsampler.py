@@ -50,13 +50,17 @@ def measured(x: Tensor, true: RenderedClips) -> dict[str, float]:
 
 
 @torch.no_grad()
-def judge(upsampler: Upsampler, split: str = "test", n: int = CLIPS, scaled: bool = True) -> dict[str, Any]:
-    """Of the first n clips of a split: small clips enlarged after decoding, bilinearly and, where `scaled`, by
-    `mini-sd-any-scale`; the true large clips through the VAE, which is the floor; for each of SEEDS upsampled latents with and
-    without temporal layers. Of FEWER clips also those by MORE steps, and those of small latents that are wrong by
-    noise of level WRONG: with s = 0, with noise of level S over it, and told of what is there.
+def judge(upsampler: Upsampler, n: int = CLIPS) -> dict[str, Any]:
+    """Of the first n test clips, and of FEWER where that is said, `measured`:
+
+    bilinear, any scale    small clips, enlarged after decoding and decoded at twice the size
+    reconstructed          the true large clips through the VAE, which is the floor
+    frame by frame, with temporal layers, four steps, ...
+                           upsampled latents of the small clips, for each of SEEDS; by MORE steps of FEWER
+    wrong latents, ...     FEWER, from small latents wrong by noise of level WRONG: enlarged bilinearly; upsampled with s = 0,
+                           with more noise of level S, and told of what is there
     """
-    model, of = upsampler.model, clips(split).of[:n]
+    model, of = upsampler.model, clips("test").of[:n]
     true, small = render_clips(of, FACTOR * SIDE), pictures(of)
 
     def decoded(latents: Tensor) -> Tensor:
@@ -68,10 +72,9 @@ def judge(upsampler: Upsampler, split: str = "test", n: int = CLIPS, scaled: boo
 
     z = encoded(small)
     found = {"bilinear": enlarged(decoded(z), FACTOR), "reconstructed": decoded(encoded(true.rgb))}
-    if scaled:
-        decoder = zoo.load("mini-sd-any-scale", device="cpu")
-        with autocast("cpu"):
-            found["any scale"] = torch.stack([decoder.decode(clip, FACTOR * SIDE).float() for clip in z])
+    decoder = zoo.load("mini-sd-any-scale", device="cpu")
+    with autocast("cpu"):
+        found["any scale"] = torch.stack([decoder.decode(clip, FACTOR * SIDE).float() for clip in z])
     wrong = z[:FEWER] + WRONG * SampleNoise(len(z))(z[:FEWER])
     for seed in SEEDS:
         found[f"frame by frame, seed {seed}"] = decoded(upsampler(z, seed=seed, m=0.0))

@@ -16,6 +16,7 @@ from course_lib.zoo import judge_video
 from course_lib.zoo.judge_upsampler import MORE, SEEDS, S, detail, measured
 from course_lib.zoo.recipes import video_upsampler as recipe
 from course_lib.zoo.upsampler import LEVELS, SIGMA_DATA, TOLD, told
+from course_lib.zoo.video import frames_of, latents_of
 from course_lib.zoo.video_data import pictures
 from tests.draws import normal
 
@@ -106,6 +107,20 @@ def test_clips_measured_again_have_detail_and_their_frames_agree(upsampler):
         alone, ours = (measured(torch.stack([model.decode(clip).float() for clip in x]), true) for x in drawn)
     assert ours["warp_error"] < alone["warp_error"] and ours["still_flicker"] < alone["still_flicker"]
     assert ours["detail"] > 1.5 * measured(enlarged(small, 2), true)["detail"]
+
+
+@torch.no_grad()
+def test_from_a_prompt_to_a_large_clip(upsampler):
+    """What `mini-video` draws, at twice the size: the same clip where four pixels are one, with detail that enlargement lacks."""
+    model = zoo.load("mini-video", device="cpu")
+    z = latents_of(model, judge_video.clips("validation").captions[:2], seed=3, steps=10)
+    small = frames_of(model, z)
+    with autocast("cpu"):
+        large = model.decode(upsampler(z)).float()
+    assert large.shape == (2, 8, 3, 128, 128)
+    error = F.avg_pool2d(large.flatten(0, 1), 2) - small.flatten(0, 1)
+    assert float((10 * torch.log10(4 / error.square().mean((1, 2, 3)))).mean()) > 30
+    assert (detail(large) > 2 * detail(enlarged(small, 2))).all()
 
 
 def test_a_frame_is_rendered_as_in_its_clip():
