@@ -91,6 +91,8 @@ def test_the_card_says_what_is_gained_and_what_is_lost():
         assert ours["detail"] > 0.8 > 1.5 * card["bilinear"]["detail"]
         assert ours["psnr"] > card["bilinear"]["psnr"] - 0.5
         assert ours["still_flicker"] < alone["still_flicker"] and ours["warp_error"] < alone["warp_error"]
+        alone, ours = (card[f"four steps, {how}, seed {seed}"] for how in ("frame by frame", "with temporal layers"))
+        assert ours["still_flicker"] < 0.9 * alone["still_flicker"] and ours["warp_error"] < 0.9 * alone["warp_error"]
         untold, more, of_noise = (card[f"wrong latents, {how}, seed {seed}"] for how in ("s = 0", f"s = {S}", "told of it"))
         assert of_noise["psnr"] > untold["psnr"] + 0.5 and of_noise["warp_error"] < 0.8 * untold["warp_error"]
         assert more["psnr"] < untold["psnr"]  # noise over noise hides more than it helps
