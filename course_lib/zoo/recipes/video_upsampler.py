@@ -35,13 +35,13 @@ from course_lib.zoo.video_data import FRAMES, LATENT, SIDE, filmed
 CLIPS = 800
 DATA = f"the first {CLIPS} of the training clips of mini-video, rendered at 64 and at 128 pixels"
 STAGES: dict[str, dict[str, Any]] = {
-    "latents": {"steps": 1_400, "lr": 2e-3, "seed": 91, "clips": 4},
-    "pictures": {"steps": 340, "lr": 1e-3, "seed": 92, "clips": 2, "decoded": 4},
+    "latents": {"steps": 2_000, "lr": 2e-3, "seed": 91, "clips": 4},
+    "pictures": {"steps": 500, "lr": 1e-3, "seed": 92, "clips": 2, "decoded": 4},
     "temporal": {"steps": 400, "lr": 2e-3, "seed": 93, "clips": 4},
 }
 """A step has `clips`, or as many single frames in all but the last stage; so many of these are decoded."""
 IN_BYTES = ("mini-video-upsampler",)
-WIDTHS = (32, 48)
+WIDTHS = (24, 32)
 LARGEST_S = 0.5
 NOISY = 3
 """Each clip of so many is behind noise, of a level drawn evenly up to LARGEST_S."""
